@@ -1,0 +1,168 @@
+"""The `moect` command: one function a subcommand. A user error is one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from moect.errors import MoectError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand and return its exit code."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("moect").setLevel(logging.INFO)
+    _calm_libraries()
+    try:
+        arguments.run(arguments)
+    except MoectError as error:
+        _tell(error)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Train, or resume, a run."""
+    from moect.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    from moect import distributed
+    from moect.train.loop import train as run
+
+    failed = True
+    try:
+        run(config)
+        failed = False
+    finally:
+        distributed.stop(failed)
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    """Print what a run would be, without training."""
+    from moect.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    from moect.data.loader import Loader
+    from moect.data.tokenizer import load_tokenizer
+    from moect.model.build import build_model
+    from moect.plan import make_plan, render
+
+    tokenizer = load_tokenizer(config.model)
+    loader = Loader(config, tokenizer, Path(config.output) / ".cache", 0, arguments.ranks)
+    print(render(make_plan(config, build_model(config, meta=True), loader.summary(), arguments.ranks)))
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Write a run's model as a Hugging Face directory."""
+    from moect.export.merged import export_run
+
+    path = export_run(arguments.run_folder, arguments.checkpoint, arguments.output, arguments.dtype)
+    print(f"wrote {path}")
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """Continue a text with an exported model."""
+    from moect.export.generate import generate_text
+
+    print(generate_text(arguments.model, arguments.text, arguments.tokens, arguments.sample, arguments.seed))
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Write report.md and its plots from what a run has logged."""
+    from moect.monitor.report import write_report
+
+    print(f"wrote {write_report(arguments.run_folder)}")
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Print the last measurements of several runs side by side."""
+    from moect.monitor.compare import MEASURES
+    from moect.monitor.compare import compare as compare_runs
+
+    comparison = compare_runs(arguments.run_folders)
+    print(f"{MEASURES[comparison.measure]}\n\n{comparison.table()}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moect", description="Teach an LLM new languages without losing what it knows."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(function, **kwargs) -> argparse.ArgumentParser:
+        doc = function.__doc__
+        made = commands.add_parser(
+            function.__name__, help=doc[0].lower() + doc[1:].rstrip("."), description=doc, **kwargs
+        )
+        made.set_defaults(run=function)
+        return made
+
+    for function in (train, plan):
+        made = command(function)
+        made.add_argument("--config", required=True, type=Path, help="YAML file; docs/configuration.md lists all keys")
+        made.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace single values of the file")
+        if function is train:
+            made.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # from the launcher
+        else:
+            made.add_argument("--ranks", type=_positive, default=1, help="ranks the run will have (default 1)")
+
+    made = command(export)
+    made.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run")
+    made.add_argument("--checkpoint", metavar="step-N", help="default: the newest undamaged one")
+    made.add_argument("--output", type=Path, help="default: RUN/export")
+    made.add_argument("--dtype", choices=("auto", "fp32", "bf16"), help="default: export.dtype of the run")
+
+    made = command(generate)
+    made.add_argument("model", type=Path, metavar="DIR", help="an exported model")
+    made.add_argument("text", help="text to continue")
+    made.add_argument("--tokens", type=int, default=64, help="greatest number of new tokens (default 64)")
+    made.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
+    made.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
+
+    made = command(report)
+    made.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run")
+
+    made = command(compare)
+    made.add_argument("run_folders", type=Path, nargs="+", metavar="RUN", help="folders of runs on the same texts")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def _calm_libraries() -> None:
+    """No guessing of devices aloud, and progress bars only for somebody who watches them."""
+    import torch
+
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    if int(os.environ.get("RANK", "0")) or not sys.stderr.isatty():
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+
+
+def _tell(error: MoectError) -> None:
+    """One line on stderr. What every rank finds out by itself, or was told by the main rank, only that rank prints."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0:
+        print(f"moect: error: {error}", file=sys.stderr)
+        return
+    torch = sys.modules.get("torch")
+    started = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+    if started and not getattr(error, "told_by_main_rank", False):
+        print(f"moect: error on rank {rank}: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,414 @@
+"""The whole run as dataclasses: YAML in, `section.key=value` overrides, checks.
+
+`load_config` is the only way in. Every field carries its help text, from which docs/configuration.md is generated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from moect.errors import ConfigError
+from moect.moe_config import MoeConfig, option
+
+STRICT = {"extra": "forbid"}  # unknown keys are errors
+Role = Literal["old", "new"]
+
+
+@dataclass
+class ModelConfig:
+    """The base model: an existing one to extend, or a shape to train from scratch."""
+
+    __pydantic_config__ = STRICT
+    base: str | None = option(None, "directory or hub name of the base, in Hugging Face format")
+    from_config: dict | None = option(None, "HF config values (`model_type`, `hidden_size`, …) of a base to train anew")
+    tokenizer: str | None = option(None, "directory or hub name of the tokenizer; null: the base's own")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = option(
+        "sdpa", "attention kernel, as transformers names it"
+    )
+    revision: str | None = option(None, "revision of a hub base")
+    trust_remote_code: bool = option(False, "run code that comes with the base or its tokenizer")
+
+
+@dataclass
+class LoraConfig:
+    """The LoRA baseline (`method: lora`)."""
+
+    __pydantic_config__ = STRICT
+    rank: int = option(8, "rank of each update")
+    alpha: float = option(16.0, "scale of each update: alpha / rank")
+    targets: str | list[str] = option("all-linear", "modules that get an update, as peft names them")
+
+
+@dataclass
+class LossConfig:
+    """Weights of the losses beside cross-entropy."""
+
+    __pydantic_config__ = STRICT
+    balance: float = option(0.01, "weight of the balance loss (`moe.balance: loss`)")
+    bias_rate: float = option(0.001, "step of the selection bias (`moe.balance: bias`)")
+    z: float = option(0.0, "weight of the router z-loss")
+    gate: float = option(1.0, "weight of the language gate's cross-entropy (`moe.language_gate: true`)")
+
+
+@dataclass
+class SourceConfig:
+    """A corpus: documents of one language."""
+
+    __pydantic_config__ = STRICT
+    path: str = option(
+        "", "JSON lines (.jsonl, .jsonl.gz) or plain text (.txt, .txt.gz, a document a line); may be a glob"
+    )
+    lang: str = option("", "language of every document")
+    text_field: str = option("text", "key of the text in a JSON line")
+    limit: int | None = option(None, "take the first so many documents")
+    weight: float | None = option(None, "weight against other sources of the same role; null: its number of tokens")
+
+
+@dataclass
+class EvaluationConfig:
+    """A held-out text that the monitor measures."""
+
+    __pydantic_config__ = STRICT
+    path: str = option("", "as in `data.train`")
+    lang: str = option("", "language of every document")
+    domain: str = option("held-out", "name of the kind of text, for the tables")
+    text_field: str = option("text", "key of the text in a JSON line")
+    limit: int | None = option(None, "take the first so many documents")
+    answer_field: str | None = option(
+        None,
+        "key of an answer: then the text is a prompt, and the share of exactly right greedy answers is measured too",
+    )
+
+
+@dataclass
+class DataConfig:
+    """Corpora, their languages and how they are mixed."""
+
+    __pydantic_config__ = STRICT
+    root: str = option(".", "folder that relative paths start from; if not given, the environment variable MOECT_DATA")
+    languages: dict[str, Role] = option({}, "role of each language: `old` (to keep) or `new` (to learn)")
+    train: list[SourceConfig] = option([], "corpora to train on")
+    evaluation: list[EvaluationConfig] = option([], "held-out texts for the monitor")
+    sequence_length: int = option(512, "tokens a row, S; documents are packed into rows and cannot see one another")
+    replay: float | None = option(None, "share of rows from old languages; null: by number of tokens, like the others")
+    temperature: float = option(1.0, "a source's weight is its tokens to the power 1/temperature")
+    max_bad_fraction: float = option(0.001, "stop when more than this share of a source's documents is unusable")
+
+
+@dataclass
+class TrainConfig:
+    """The optimisation, and how DeepSpeed runs it."""
+
+    __pydantic_config__ = STRICT
+    steps: int = option(1000, "optimizer steps")
+    batch_size: int = option(64, "rows a step, over all ranks and accumulation steps")
+    micro_batch: int = option(8, "rows a rank takes at once")
+    lr: float = option(1e-4, "peak learning rate")
+    schedule: Literal["cosine", "wsd", "constant"] = option(
+        "cosine", "after the warm-up: cosine, stable then decay, or flat"
+    )
+    warmup: int = option(0, "steps of linear warm-up")
+    decay: float = option(0.2, "share of the steps that `wsd` decays over, linearly")
+    min_lr: float = option(0.1, "last learning rate as a share of the peak")
+    betas: list[float] = option([0.9, 0.95], "AdamW's moment decay rates")
+    eps: float = option(1e-8, "AdamW's epsilon")
+    weight_decay: float = option(0.0, "AdamW's weight decay, on matrices only")
+    clip: float = option(1.0, "greatest norm of the gradient; 0: no clipping")
+    precision: Literal["fp32", "bf16"] = option("bf16", "bf16 keeps fp32 masters of what trains")
+    zero_stage: Literal[0, 1, 2, 3] = option(2, "DeepSpeed ZeRO stage; 3 partitions the base too")
+    activation_checkpointing: bool = option(
+        False, "recompute each block in backward instead of keeping its activations"
+    )
+    log_every: int = option(10, "steps between two lines of log.jsonl and of the screen")
+    save_every: int = option(500, "steps between two checkpoints; the last step always makes one")
+    keep_last: int = option(3, "checkpoints to keep; 0: all")
+    stop_after: int | None = option(None, "stop with a checkpoint after this step, as if interrupted; resume goes on")
+
+
+@dataclass
+class MonitorConfig:
+    """The forgetting monitor, which runs before the first step and at every checkpoint."""
+
+    __pydantic_config__ = STRICT
+    enabled: bool = option(True, "measure at all")
+    window: int | None = option(None, "tokens of context and target at once; null: data.sequence_length")
+    stride: int | None = option(None, "tokens scored per window of a longer document; null: half a window")
+    batch_size: int = option(16, "windows a rank scores at once")
+
+
+@dataclass
+class ExportConfig:
+    """What `moect export` writes."""
+
+    __pydantic_config__ = STRICT
+    dtype: Literal["auto", "fp32", "bf16"] = option("auto", "dtype of the weights; auto: train.precision")
+
+
+@dataclass
+class RunConfig:
+    """One run. Its folder is `output`/`name`."""
+
+    __pydantic_config__ = STRICT
+    name: str = option("run", "name of the run")
+    output: str = option("runs", "folder of all runs")
+    seed: int = option(0, "seed of initialisation, data order and everything random")
+    method: Literal["moe-ct", "full", "lora"] = option(
+        "moe-ct", "what trains: an appended module (`moe-ct`), everything (`full`), or low-rank updates (`lora`)"
+    )
+    resume: Literal["never", "auto"] = option(
+        "never", "`auto`: go on from the run's last good checkpoint, if it has one"
+    )
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoeConfig = field(default_factory=MoeConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.output) / self.name
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
+    """Read a run's configuration.
+
+    Args:
+        path: a YAML file.
+        overrides: `section.key=value`, the value in YAML; later ones win.
+
+    Raises:
+        ConfigError: the file cannot be read, or something in it cannot be meant.
+    """
+    path = Path(path)
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}; give a YAML file with --config") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds a {type(values).__name__}, not a mapping of keys to values")
+    for override in overrides:
+        _override(values, override)
+    return config_from_dict(values, where=str(path))
+
+
+def config_from_dict(values: dict, where: str = "config") -> RunConfig:
+    """Build and check a run's configuration from plain values; `where` begins the error messages."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        config = TypeAdapter(RunConfig).validate_python(values)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_explain(error)}") from error
+    try:
+        _check(config)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    if "root" not in (values.get("data") or {}):
+        config.data.root = os.environ.get("MOECT_DATA", config.data.root)
+    return config
+
+
+def unused_keys(config: RunConfig) -> list[str]:
+    """Keys with a value of their own that this method does not read, in the order of the file."""
+    plain = RunConfig()
+    moe = config.method == "moe-ct"
+    idle = [] if moe else [("moe", f.name) for f in dataclasses.fields(MoeConfig)]
+    idle += [] if moe else [("loss", f.name) for f in dataclasses.fields(LossConfig)]
+    idle += [] if config.method == "lora" else [("lora", f.name) for f in dataclasses.fields(LoraConfig)]
+    if moe and not config.moe.language_gate:
+        idle += [("loss", "gate"), ("moe", "gate_threshold")]
+    if moe and config.moe.balance != "bias":
+        idle.append(("loss", "bias_rate"))
+    if moe and config.moe.fusion != "fixed":
+        idle.append(("moe", "fixed_weight"))
+    if config.train.schedule != "wsd":
+        idle.append(("train", "decay"))
+    if config.train.schedule == "constant":
+        idle.append(("train", "min_lr"))
+    differs = lambda section, name: getattr(getattr(config, section), name) != getattr(getattr(plain, section), name)  # noqa: E731
+    return [f"{section}.{name}" for section, name in idle if differs(section, name)]
+
+
+def config_to_yaml(config: RunConfig) -> str:
+    """The configuration with every default written out, as YAML that `load_config` reads back."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML whose mappings hold no key twice: the first of two equal sections would be lost without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key `{key}` twice", node.value[number][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def _override(values: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: write section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
+    *sections, last = key.split(".")
+    for section in sections:
+        if values.get(section) is None:
+            values[section] = {}
+        values = values[section]
+        if not isinstance(values, dict):
+            raise ConfigError(f"override {override!r}: `{section}` is not a section")
+    values[last] = value
+
+
+def _explain(error) -> str:
+    """pydantic's findings as one line: the first in full, the others counted."""
+    findings = error.errors()
+    first = findings[0]
+    key = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("function-", "list[", "str")))
+    if first["type"] == "unexpected_keyword_argument":
+        names = _field_names(first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), names, n=1)
+        text = f"unknown key `{key}`" + (
+            f"; did you mean `{near[0]}`?" if near else f"; known here: {', '.join(names)}"
+        )
+    elif first["loc"][-1] == "[key]" and isinstance(first["input"], bool):
+        section = ".".join(map(str, first["loc"][:-2]))
+        text = f"`{section}`: YAML reads a bare no, yes, on or off as a truth value; put the language in quotes"
+    elif first["type"] == "value_error":
+        text = str(first["ctx"]["error"])
+    else:
+        got = first.get("input")
+        shown = repr(got) if not isinstance(got, (dict, list)) else type(got).__name__
+        text = f"`{key}`: {first['msg'][0].lower()}{first['msg'][1:]}, got {shown}"
+    more = len(findings) - 1
+    return text + (f" (and {more} more)" if more else "")
+
+
+def _field_names(loc: tuple) -> list[str]:
+    """Names of the keys that the section at `loc` may hold."""
+    import typing
+
+    here = RunConfig
+    for part in loc:
+        if isinstance(part, int) or not dataclasses.is_dataclass(here):
+            continue
+        hint = typing.get_type_hints(here).get(str(part), here)
+        here = next((a for a in typing.get_args(hint) if dataclasses.is_dataclass(a)), hint)
+    return [f.name for f in dataclasses.fields(here)] if dataclasses.is_dataclass(here) else []
+
+
+def _check(config: RunConfig) -> None:
+    """What no single field can know."""
+    model, data, train = config.model, config.data, config.train
+    if not config.name or "/" in config.name or config.name.startswith("."):
+        raise ValueError(f"`name` is {config.name!r}: give a plain folder name")
+    if (model.base is None) == (model.from_config is None):
+        raise ValueError("give either `model.base` or `model.from_config`, not both and not neither")
+    if model.from_config is not None:
+        if config.method != "full":
+            raise ValueError("a base trained from scratch needs `method: full`")
+        if not model.tokenizer:
+            raise ValueError("`model.from_config` needs `model.tokenizer`")
+        if "model_type" not in model.from_config:
+            raise ValueError("`model.from_config` has no `model_type`")
+    if not 0 <= config.seed < 2**31:
+        raise ValueError(f"`seed` is {config.seed}: it must lie between 0 and {2**31 - 1}")
+    for section in ("moe", "lora", "loss", "data", "train"):
+        for name, value in vars(getattr(config, section)).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"`{section}.{name}` is {value}: it must be a finite number")
+    for name, value in vars(config.loss).items():
+        if value < 0:
+            raise ValueError(f"`loss.{name}` is {value}: it cannot be negative")
+    if config.lora.alpha <= 0:
+        raise ValueError(f"`lora.alpha` is {config.lora.alpha}: it must be positive")
+    if config.method == "moe-ct" and config.moe.language_gate and not config.loss.gate:
+        raise ValueError("`loss.gate` is 0: the language gate would never learn which language is which")
+    for section, values, names in (
+        ("train", train, ("steps", "batch_size", "micro_batch", "log_every", "save_every", "stop_after")),
+        ("monitor", config.monitor, ("window", "stride", "batch_size")),
+        ("lora", config.lora, ("rank",)),
+    ):
+        for name in names:
+            value = getattr(values, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{section}.{name}` is {value}: it must be at least 1")
+    for name in ("lr", "eps"):
+        if getattr(train, name) <= 0:
+            raise ValueError(f"`train.{name}` is {getattr(train, name)}: it must be positive")
+    for name in ("warmup", "clip", "weight_decay", "keep_last"):
+        if getattr(train, name) < 0:
+            raise ValueError(f"`train.{name}` is {getattr(train, name)}: it cannot be negative")
+    for name in ("decay", "min_lr"):
+        if not 0 <= getattr(train, name) <= 1:
+            raise ValueError(f"`train.{name}` is {getattr(train, name)}: it must lie between 0 and 1")
+    if len(train.betas) != 2 or not all(0 <= b < 1 for b in train.betas):
+        raise ValueError(f"`train.betas` is {train.betas}: give two numbers in [0, 1)")
+    if train.warmup >= train.steps:
+        raise ValueError(
+            f"`train.warmup` is {train.warmup} of {train.steps} steps: the warm-up must end before the run"
+        )
+    if train.batch_size % train.micro_batch:
+        raise ValueError(
+            f"`train.batch_size` {train.batch_size} is no multiple of `train.micro_batch` {train.micro_batch}"
+        )
+    if model.attention == "flash_attention_2" and train.micro_batch > 1:
+        raise ValueError(
+            "`model.attention: flash_attention_2` keeps packed documents apart only in single rows: set "
+            "`train.micro_batch: 1`, or use sdpa"
+        )
+    if data.sequence_length < 2:
+        raise ValueError(f"`data.sequence_length` is {data.sequence_length}: it must be at least 2")
+    if data.replay is not None and not 0 <= data.replay <= 1:
+        raise ValueError(f"`data.replay` is {data.replay}: it must lie between 0 and 1")
+    if data.temperature <= 0:
+        raise ValueError(f"`data.temperature` is {data.temperature}: it must be positive")
+    if not 0 <= data.max_bad_fraction <= 1:
+        raise ValueError(f"`data.max_bad_fraction` is {data.max_bad_fraction}: it must lie between 0 and 1")
+    if not data.train:
+        raise ValueError("`data.train` is empty: name at least one corpus")
+    for section in ("train", "evaluation"):
+        for i, source in enumerate(getattr(data, section)):
+            where = f"`data.{section}[{i}]`"
+            if not source.path or not source.lang:
+                raise ValueError(f"{where} needs `path` and `lang`")
+            if source.lang not in data.languages:
+                raise ValueError(f"{where}: language `{source.lang}` has no role; add it to `data.languages`")
+            if source.limit is not None and source.limit < 1:
+                raise ValueError(f"{where}: `limit` is {source.limit}, it must be at least 1")
+            if getattr(source, "weight", None) is not None and source.weight < 0:
+                raise ValueError(f"{where}: `weight` is {source.weight}, it cannot be negative")
+    roles = {data.languages[source.lang] for source in data.train}
+    if data.replay and "old" not in roles:
+        raise ValueError("`data.replay` is set but no corpus in `data.train` is of an old language")
+    if data.replay == 1.0 and "new" in roles:
+        raise ValueError("`data.replay` is 1: corpora of new languages would never be read")
+    if config.method == "moe-ct" and config.moe.language_gate and roles != {"old", "new"}:
+        raise ValueError("`moe.language_gate` learns from both roles: `data.train` needs old and new languages")
+    if config.method == "moe-ct" and config.moe.language_gate and data.replay == 0:
+        raise ValueError("`moe.language_gate` learns from replayed text: set `data.replay` above 0")

@@ -1,0 +1,1 @@
+"""From corpora to micro-batches: sources → tokens (store) → packing → mixture → loader."""

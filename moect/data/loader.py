@@ -1,0 +1,238 @@
+"""The loader: which rows an optimizer step takes, and this rank's micro-batches of them.
+
+The rows of a step are a function of the configuration and of the rows drawn before, never of the number of ranks.
+
+B rows of a micro-batch, S tokens a row
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moect.config import RunConfig, SourceConfig
+from moect.data.mixture import Mixture, source_weights
+from moect.data.packing import PackedCorpus, Row
+from moect.data.store import build_store
+from moect.errors import CheckpointError, ConfigError, DataError
+
+log = logging.getLogger("moect.data")
+
+ROLES = {"old": 0, "new": 1}
+PADDING = -1
+
+
+@dataclass
+class MicroBatch:
+    """What a rank takes at once.
+
+    Attributes:
+        input_ids_BS: int64.
+        labels_BS: int64, already shifted: the next token of the same document, else -100.
+        position_ids_BS: int64, from 0 in each document's fragment. Pass them to the model with `use_cache=False` and
+            without an attention mask: then documents cannot see one another.
+        role_BS: int8, role of the token's language: 0 old, 1 new, -1 padding.
+    """
+
+    input_ids_BS: Tensor
+    labels_BS: Tensor
+    position_ids_BS: Tensor
+    role_BS: Tensor
+
+    def to(self, device) -> MicroBatch:
+        """The same on another device."""
+        return MicroBatch(*(getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)))
+
+
+class Loader:
+    """Micro-batches of all steps, for one rank.
+
+    Args:
+        config: reads `data`, `seed`, `train.steps`, `train.batch_size` and `train.micro_batch`.
+        tokenizer: a fast Hugging Face tokenizer.
+        cache_folder: where token stores are kept.
+        rank, world_size: this process, and how many share the steps.
+        vocab_size: rows of the model's embedding, to check the tokens against.
+
+    Raises:
+        ConfigError: the batch does not divide among the ranks, or no source has a weight.
+        DataError: a corpus that cannot be used, a batch larger than an epoch, a token that the model does not have.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        tokenizer,
+        cache_folder: Path,
+        rank: int = 0,
+        world_size: int = 1,
+        vocab_size: int | None = None,
+    ):
+        assert 0 <= rank < world_size
+        self.config, self.rank, self.world_size = config, rank, world_size
+        self.sources = config.data.train
+        self.keys = _keys(self.sources)
+        self.roles = [config.data.languages[source.lang] for source in self.sources]
+        _check_division(config.train.batch_size, config.train.micro_batch, world_size)
+
+        self.stores = [build_store(source, config.data, tokenizer, cache_folder) for source in self.sources]
+        for key, store in zip(self.keys, self.stores, strict=True):
+            if vocab_size is not None and store.max_token >= vocab_size:
+                raise DataError(
+                    f"{key}: the tokenizer gives token {store.max_token}, the model has {vocab_size}; set "
+                    "`model.tokenizer` to the model's own"
+                )
+        self.corpora = [
+            # a seed for each source, so that parallel corpora are not read in step
+            PackedCorpus(store, config.data.sequence_length, (config.seed << 32) + zlib.crc32(key.encode("utf-8")))
+            for key, store in zip(self.keys, self.stores, strict=True)
+        ]
+        self.weights = self._weights()
+        self.mixture = Mixture(self.weights)
+
+        rows = sum(c.rows_per_epoch for c, w in zip(self.corpora, self.weights, strict=True) if w > 0)
+        if config.train.batch_size > rows:
+            raise DataError(
+                f"`train.batch_size` is {config.train.batch_size} rows, but an epoch of `data.train` has {rows} rows "
+                f"of {config.data.sequence_length} tokens; lower it or `data.sequence_length`, or give more text"
+            )
+
+    @property
+    def rows(self) -> int:
+        """Rows that all steps so far have taken, over all ranks."""
+        return sum(self.mixture.drawn)
+
+    def next_step(self) -> list[MicroBatch]:
+        """This rank's micro-batches of the next optimizer step.
+
+        Micro-batch m of rank r holds rows (m * world_size + r) * micro_batch and following of the step.
+        """
+        B = self.config.train.micro_batch
+        chosen = []  # (source, row of the source) for each row of the step
+        for _ in range(self.config.train.batch_size):
+            source = self.mixture.next()
+            chosen.append((source, self.mixture.drawn[source] - 1))
+        starts = range(self.rank * B, len(chosen), self.world_size * B)
+        return [self._micro_batch(chosen[start : start + B]) for start in starts]
+
+    def state_dict(self) -> dict:
+        """The position, as plain values; the same on all ranks.
+
+        `rows` drawn in all, rows `drawn` from each source, and what gives these numbers their meaning: the `corpora`'s
+        fingerprints, `seed` and `sequence_length`.
+        """
+        return {
+            "rows": self.rows,
+            "drawn": dict(zip(self.keys, self.mixture.drawn, strict=True)),
+            "corpora": dict(zip(self.keys, (store.fingerprint for store in self.stores), strict=True)),
+            "seed": self.config.seed,
+            "sequence_length": self.config.data.sequence_length,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a position, on any number of ranks.
+
+        Raises:
+            CheckpointError: it is a position in other data, or none at all.
+        """
+        mine = self.state_dict()
+        if not isinstance(state, dict) or set(state) != set(mine):
+            raise CheckpointError("the checkpoint's data position is incomplete; resume from another checkpoint")
+        problem = None
+        if gone := [key for key in state["drawn"] if key not in mine["drawn"]]:
+            problem = f"`{gone[0]}` is no longer in `data.train`"
+        elif added := [key for key in mine["drawn"] if key not in state["drawn"]]:
+            problem = f"`{added[0]}` is new in `data.train`"
+        elif changed := [key for key in self.keys if state["corpora"].get(key) != mine["corpora"][key]]:
+            problem = f"the text of `{changed[0]}`, its options or the tokenizer changed"
+        else:
+            for name, key in (("seed", "seed"), ("sequence_length", "data.sequence_length")):
+                if state[name] != mine[name]:
+                    problem = f"`{key}` was {state[name]} and is {mine[name]}"
+        if problem:
+            raise CheckpointError(f"the checkpoint is of other data: {problem}; restore that, or start a new run")
+        drawn = [state["drawn"][key] for key in self.keys]
+        if not all(isinstance(n, int) and n >= 0 for n in drawn) or sum(drawn) != state["rows"]:
+            raise CheckpointError("the checkpoint's data position is damaged; resume from another checkpoint")
+        self.mixture = Mixture(self.weights, drawn)
+
+    def summary(self) -> list[dict]:
+        """One record a source: source, lang, role, documents, tokens, bytes, weight (its share of the rows),
+        rows_per_epoch, and epochs that `train.steps` will take it through."""
+        rows = self.config.train.steps * self.config.train.batch_size
+        return [
+            {
+                "source": self.keys[i],
+                "lang": self.sources[i].lang,
+                "role": self.roles[i],
+                "documents": store.n_documents,
+                "tokens": store.n_tokens,
+                "bytes": store.n_bytes,
+                "weight": float(self.weights[i]),
+                "rows_per_epoch": self.corpora[i].rows_per_epoch,
+                "epochs": float(self.weights[i]) * rows / self.corpora[i].rows_per_epoch,
+            }
+            for i, store in enumerate(self.stores)
+        ]
+
+    def _weights(self) -> np.ndarray:
+        data = self.config.data
+        explicit = [source.weight for source in self.sources]
+        groups = self.roles if data.replay is not None else ["any"] * len(self.roles)
+        for group in sorted(set(groups)):
+            if len({w is None for w, g in zip(explicit, groups, strict=True) if g == group}) == 2:
+                log.warning(
+                    "data.train: some sources of %s role have a `weight` and some do not; theirs is their tokens", group
+                )
+        weights = source_weights(
+            [store.n_tokens for store in self.stores], self.roles, explicit, data.replay, data.temperature
+        )
+        for key, weight in zip(self.keys, weights, strict=True):
+            if weight == 0:
+                log.warning("%s: has weight 0 and is never read", key)
+        return weights
+
+    def _micro_batch(self, chosen: list[tuple[int, int]]) -> MicroBatch:
+        rows = [self.corpora[source].row(index) for source, index in chosen]
+        role_B = [ROLES[self.roles[source]] for source, _ in chosen]
+        return MicroBatch(
+            input_ids_BS=_stack([row.input_ids_S for row in rows]),
+            labels_BS=_stack([row.labels_S for row in rows]),
+            position_ids_BS=_stack([row.position_ids_S for row in rows]),
+            role_BS=_stack([_role_S(row, role) for row, role in zip(rows, role_B, strict=True)]),
+        )
+
+
+def _keys(sources: list[SourceConfig]) -> list[str]:
+    """A name for each source that does not depend on `data.root`; the second of the same path gets `#2`."""
+    seen = Counter()
+    keys = []
+    for source in sources:
+        seen[source.path] += 1
+        keys.append(source.path if seen[source.path] == 1 else f"{source.path}#{seen[source.path]}")
+    return keys
+
+
+def _check_division(batch_size: int, micro_batch: int, world_size: int) -> None:
+    at_once = micro_batch * world_size
+    if batch_size % at_once:
+        raise ConfigError(
+            f"`train.batch_size` {batch_size} is no multiple of `train.micro_batch` x ranks = {micro_batch} x "
+            f"{world_size}; set it to {-(-batch_size // at_once) * at_once}, or change one of the other two"
+        )
+
+
+def _role_S(row: Row, role: int) -> np.ndarray:
+    return np.where(row.valid_S, role, PADDING).astype(np.int8)
+
+
+def _stack(rows: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(rows))

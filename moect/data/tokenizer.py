@@ -1,0 +1,129 @@
+"""Tokenizers: load the base's, or train a small one."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from moect.config import ModelConfig
+from moect.errors import DataError
+
+log = logging.getLogger("moect.data")
+
+BYTES = 256
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# what pre-tokenizers treat differently
+PROBE = " It's 2026, naïve: 1,234.5  e\u0301 don't\r\n\n\tλόγος 中文 தமிழ் __init__(x)   \n"
+
+
+def load_tokenizer(config: ModelConfig):
+    """The run's tokenizer: `model.tokenizer`, else the base's own. A folder, a hub name, or a bare `tokenizer.json`.
+
+    Raises:
+        DataError: it cannot be loaded, or is not a fast tokenizer.
+    """
+    name = config.tokenizer or config.base
+    path = Path(os.path.expanduser(name))
+    if not path.exists() and name.startswith(("/", "./", "../", "~")):
+        raise DataError(f"tokenizer {name}: there is no such file or folder; check `model.tokenizer` or `model.base`")
+    if path.is_dir() and not any((path / file).is_file() for file in TOKENIZER_FILES):
+        # for some families transformers would make an empty tokenizer instead of saying so
+        raise DataError(
+            f"tokenizer {name}: the folder holds none of {', '.join(TOKENIZER_FILES)}; set `model.tokenizer` to a "
+            "Hugging Face tokenizer folder, a hub name or a tokenizer.json"
+        )
+    try:
+        if path.is_file():
+            return _load_file(path)
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(path) if path.is_dir() else name,
+            revision=None if config.tokenizer or path.is_dir() else config.revision,
+            local_files_only=path.is_dir(),
+            trust_remote_code=config.trust_remote_code,
+        )
+    except Exception as error:  # whatever the libraries raise: it is about the files
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"tokenizer {name}: cannot be loaded ({reason}); set `model.tokenizer` to a Hugging Face tokenizer folder, "
+            "a hub name or a tokenizer.json"
+        ) from error
+    if not tokenizer.is_fast:
+        raise DataError(
+            f"tokenizer {name}: has no fast version; convert it to a tokenizer.json and set `model.tokenizer`"
+        )
+    return _as_in_its_file(tokenizer, path)
+
+
+def _as_in_its_file(tokenizer, folder: Path):
+    """The tokenizer as the folder's tokenizer.json describes it.
+
+    transformers picks some classes by the model type in config.json; these put their own pre-tokenizer in its place.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return tokenizer
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    ids = Tokenizer.from_file(str(file)).encode(PROBE, add_special_tokens=False).ids
+    if tokenizer(PROBE, add_special_tokens=False)["input_ids"] == ids:
+        return tokenizer
+    log.warning("%s: %s would give other tokens than the file; reading the file", file, type(tokenizer).__name__)
+    return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+
+
+def _load_file(path: Path):
+    """A bare tokenizer.json does not say which tokens begin and end a text: take the usual names, and say so."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
+    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    bos = next((t for t in ("<s>", "<|endoftext|>") if t in special), None)
+    eos = next((t for t in ("</s>", "<|endoftext|>") if t in special), None)
+    tokenizer.add_special_tokens({k: v for k, v in (("bos_token", bos), ("eos_token", eos)) if v})
+    log.info("%s: bare tokenizer file; documents begin with %s and end with %s", path, bos, eos)
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path):
+    """Train a byte-level BPE with `<s>`, `</s>` and `<pad>`, and save it as a Hugging Face tokenizer folder.
+
+    Args:
+        texts: what to learn merges from.
+        vocab_size: the greatest number of tokens; there are fewer when `texts` hold no more pairs to merge.
+        folder: made if need be.
+
+    Returns:
+        The tokenizer. `tokenizer(text)` begins with `<s>`, as the documents of training do.
+
+    Raises:
+        DataError: `vocab_size` has no room for the bytes and special tokens.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<s>", "</s>", "<pad>"]
+    if vocab_size < BYTES + len(special):
+        raise DataError(
+            f"a tokenizer of {vocab_size} tokens: bytes and special tokens alone are {BYTES + len(special)}"
+        )
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=special, initial_alphabet=sorted(alphabet), show_progress=False
+        ),
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    tokenizer.save_pretrained(str(folder))
+    return tokenizer

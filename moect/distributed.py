@@ -1,0 +1,101 @@
+"""Ranks: start the process group, do a thing on the main rank and tell the others, end cleanly."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moect.errors import MoectError, TrainingError
+
+TIMEOUT = timedelta(minutes=30)
+
+
+def start() -> tuple[int, int]:
+    """Join the process group (of one, if no launcher made us) and return (rank, world size).
+
+    A process joins once: DeepSpeed cannot do without the group it first saw, so later runs in the process share it.
+    """
+    import deepspeed
+
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+
+    # a kernel for inference only, which would need a compiler and half a minute at the first start on a CPU
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        os.environ.update(alone)
+    # sub-groups that DeepSpeed makes take torch's default and would wait forever on a lost peer
+    dist.distributed_c10d.default_pg_timeout = TIMEOUT
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(verbose=False, timeout=TIMEOUT)
+    return dist.get_rank(), dist.get_world_size()
+
+
+def stop(failed: bool = False) -> None:
+    """Leave the process group, at the end of the process; without it, correct runs can end with an error code.
+
+    Args:
+        failed: do not wait for the other ranks, which may never come.
+    """
+    if dist.is_initialized():
+        if not failed:
+            dist.barrier()
+        dist.destroy_process_group()
+
+
+def device() -> torch.device:
+    """This rank's device."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, or no process group was started."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def main_first(work: Callable[[], Any]) -> Any:
+    """Do `work` on the main rank, then on all others; a user error of the main rank is everybody's."""
+    made = []
+    on_main(lambda: made.append(work()))
+    return made[0] if made else work()
+
+
+def on_main(work: Callable[[], Any]) -> Any:
+    """Do `work` on the main rank only; what it returns, or its user error, is everybody's.
+
+    Raises:
+        TrainingError: the main rank could not read or write a file.
+    """
+    told = [None, None]
+    if is_main():
+        try:
+            told[0] = work()
+        except MoectError as error:
+            told[1] = error
+        except OSError as error:
+            where = error.filename or "the run's folder"
+            told[1] = TrainingError(f"{where}: {error.strerror or error}; check space and permissions")
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(told, src=0)
+    result, failure = told
+    if failure is not None:
+        failure.told_by_main_rank = not is_main()
+        raise failure
+    return result

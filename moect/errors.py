@@ -1,0 +1,37 @@
+"""Everything a user can put right, as one family of exceptions.
+
+A command that meets one prints it as a single line and exits with code 2; anything else that escapes is a bug in moect
+and keeps its traceback. A message says what is wrong, where, and what to do about it.
+"""
+
+
+class MoectError(Exception):
+    """Base of all errors that the user can put right."""
+
+
+class ConfigError(MoectError):
+    """A key, a value or a combination of values in the configuration."""
+
+
+class DataError(MoectError):
+    """A corpus, an evaluation text or a tokenizer that cannot be used as it is."""
+
+
+class UnsupportedModelError(MoectError):
+    """A model that the module cannot be appended to."""
+
+
+class TrainingError(MoectError):
+    """A run that cannot go on by itself."""
+
+
+class DispatchError(MoectError, ValueError):
+    """Shapes, dtypes or indices that the expert kernels cannot take."""
+
+
+class CheckpointError(MoectError):
+    """A checkpoint that is missing, damaged, or of another run or base."""
+
+
+class ExportError(MoectError):
+    """A run that cannot be exported, or an export that failed its verification."""

@@ -1,0 +1,159 @@
+"""Put the module into a frozen Hugging Face causal LM, mark what trains, and take it out again.
+
+Nothing of the base is renamed, copied or replaced: a chosen block gets one more child, `moe`, and a class whose forward
+uses it. So base tensors keep their names, module tensors are those below `….moe.`, and removal is exact.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from moect.dispatch import backends
+from moect.errors import ConfigError, UnsupportedModelError
+from moect.model.families import blocks_of, check_config
+from moect.model.moe_ffn import MoEFFN
+from moect.model.record import ForwardRecord
+from moect.moe_config import MoeConfig
+
+log = logging.getLogger("moect.model")
+RECORD = "moect_record"  # keyword under which the record travels through the base's own forward
+
+
+class AppendedBlock:
+    """Mixed into a decoder block's class: the block's own forward, with the module between FFN and residual sum.
+
+    Every block of an extended model has this class, and `moe` None where it was not chosen: the record is taken out of
+    the keyword arguments before attention, whose kernels need not know it.
+    """
+
+    def forward(self, hidden_states: Tensor, *, moect_record: ForwardRecord, **kwargs) -> Tensor:
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        r_BSD = hidden_states + attended
+        u_BSD = self.post_attention_layernorm(r_BSD)
+        f_BSD = self.mlp(u_BSD)
+        if self.moe is None or not self.moe.enabled:
+            return r_BSD + f_BSD
+        return self.moe(r_BSD, u_BSD, f_BSD, moect_record)
+
+
+def append_moe(model: nn.Module, config: MoeConfig, seed: int = 0) -> nn.Module:
+    """Append a module to the chosen blocks of a causal LM, in place, and freeze everything else.
+
+    The model computes what it computed before: bit for bit where experts start silent, to rounding where they start as
+    copies of the FFN. Works in any training loop; pass `moect_record=ForwardRecord()` to the model to read router
+    logits and gate values afterwards (`moect.model.losses` takes them).
+
+    Args:
+        model: a causal LM of a supported family, from transformers; on the meta device only shapes are made.
+        config: what to append.
+        seed: of the module's initialisation.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: a family that cannot be served, with the reason, or a model that has a module already.
+        ConfigError: layers that the model does not have.
+    """
+    check_config(model.config)
+    if is_appended(model):
+        raise UnsupportedModelError("the model has an appended module already; call remove_moe first")
+    try:
+        indices = config.layer_indices(model.config.num_hidden_layers)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    ffn_width = model.config.intermediate_size
+    if config.init == "copy" and config.width not in (None, ffn_width):
+        raise ConfigError(f"moe.init: copy needs experts as wide as the base's FFN ({ffn_width}), not {config.width}")
+
+    if config.dispatch != "auto" and config.dispatch not in backends():
+        raise ConfigError(f"moe.dispatch: no backend `{config.dispatch}`; there are auto, {', '.join(backends())}")
+    if config.top_k == 1 < config.experts and config.renormalise:
+        log.warning("moe.top_k is 1 and moe.renormalise true: weights are always 1, the text does not train the router")
+
+    model.requires_grad_(False)
+    blocks = blocks_of(model)
+    generator = torch.Generator().manual_seed(seed)
+    appended_class = _appended_class(type(blocks[0]))
+    for index, block in enumerate(blocks):
+        block.__class__ = appended_class
+        block.moe = None
+        if index not in indices:
+            continue
+        weight = block.mlp.down_proj.weight
+        with torch.device("meta"):
+            moe = MoEFFN(config, model.config.hidden_size, ffn_width, index, decides=index == indices[0])
+        moe.to(dtype=weight.dtype).to_empty(device=weight.device)
+        _keep_buffers_fp32(moe)
+        if weight.device.type != "meta":
+            moe.reset(block.mlp, generator)
+        block.moe = moe.train(block.training)
+    model.model._moect_hook = model.model.register_forward_pre_hook(_provide_record, with_kwargs=True)
+    model.moe_config = config
+    return model
+
+
+def remove_moe(model: nn.Module) -> nn.Module:
+    """Undo `append_moe`: the base exactly as it was, all of it still frozen.
+
+    Raises:
+        UnsupportedModelError: nothing is appended.
+    """
+    if not is_appended(model):
+        raise UnsupportedModelError("the model has no appended module to remove")
+    for block in blocks_of(model):
+        del block.moe
+        block.__class__ = type(block).__mro__[2]  # (appended class, AppendedBlock, the base's class, …)
+    model.model._moect_hook.remove()
+    del model.model._moect_hook, model.moe_config
+    return model
+
+
+def is_appended(model: nn.Module) -> bool:
+    """Whether `append_moe` was called on the model."""
+    return hasattr(model, "moe_config")
+
+
+def modules_of(model: nn.Module) -> list[MoEFFN]:
+    """The appended modules, by ascending block; empty for a model without."""
+    return [m for m in model.modules() if isinstance(m, MoEFFN)]
+
+
+def module_state(model: nn.Module) -> dict[str, Tensor]:
+    """Tensors of the appended modules, parameters and buffers, by their names in the model."""
+    return {name: tensor for name, tensor in model.state_dict().items() if ".moe." in name}
+
+
+@contextmanager
+def base_only(model: nn.Module):
+    """Inside, the model is the base: the modules are skipped and every block returns r + f, bit for bit."""
+    modules = modules_of(model)
+    before = [m.enabled for m in modules]
+    for m in modules:
+        m.enabled = False
+    try:
+        yield model
+    finally:
+        for m, enabled in zip(modules, before, strict=True):
+            m.enabled = enabled
+
+
+def _appended_class(base_class: type) -> type:
+    return type(f"Appended{base_class.__name__}", (AppendedBlock, base_class), {"__module__": base_class.__module__})
+
+
+def _provide_record(module, args, kwargs):
+    record = kwargs.setdefault(RECORD, ForwardRecord())
+    if record.blocks or record.gate_logit_T is not None:
+        raise ValueError(f"{RECORD} was used in another forward pass: give each pass a new ForwardRecord()")
+    return args, kwargs
+
+
+def _keep_buffers_fp32(module: nn.Module) -> None:
+    for child in module.modules():
+        for name, buffer in child.named_buffers(recurse=False):
+            child.register_buffer(name, buffer.float())

@@ -1,0 +1,194 @@
+"""From a configuration to a model: load or make the base, then add what the method trains.
+
+After `build_model` exactly the parameters that train have `requires_grad`, whatever the method.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from moect.config import ModelConfig, RunConfig
+from moect.errors import ConfigError, UnsupportedModelError
+from moect.model.append import append_moe, base_only, modules_of
+from moect.model.families import check_config
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def load_base_config(config: ModelConfig):
+    """The base's Hugging Face config.
+
+    Raises:
+        ConfigError: it cannot be found or read, or `model.from_config` is not a config of its family.
+    """
+    from transformers import AutoConfig
+
+    if config.from_config is not None:
+        values = dict(config.from_config)
+        try:
+            return AutoConfig.for_model(values.pop("model_type"), **values)
+        except Exception as error:  # transformers has many ways to say no
+            raise ConfigError(f"model.from_config: {_first_line(error)}") from error
+    try:
+        return AutoConfig.from_pretrained(config.base, **_source(config))
+    except Exception as error:
+        raise ConfigError(
+            f"model.base {config.base!r} cannot be loaded: {_first_line(error)}; give a folder in Hugging Face format "
+            "or a hub name"
+        ) from error
+
+
+def load_base(config: ModelConfig, dtype: torch.dtype, seed: int = 0, meta: bool = False) -> nn.Module:
+    """The base as a transformers causal LM, in evaluation mode.
+
+    Args:
+        config: which base.
+        dtype: of its weights in memory.
+        seed: of the weights of a base made from scratch.
+        meta: make shapes only, read no weights.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    hf_config = load_base_config(config)
+    kwargs = {"attn_implementation": config.attention, "dtype": dtype}
+    if meta or config.from_config is not None:
+        with torch.device("meta") if meta else torch.random.fork_rng():
+            if not meta:
+                torch.manual_seed(seed)
+            try:
+                return AutoModelForCausalLM.from_config(
+                    hf_config, trust_remote_code=config.trust_remote_code, **kwargs
+                ).eval()
+            except Exception as error:
+                raise ConfigError(f"model: no model can be made of this config: {_first_line(error)}") from error
+    try:
+        # safetensors only: a pickled checkpoint could run code
+        return AutoModelForCausalLM.from_pretrained(
+            config.base, use_safetensors=True, **kwargs, **_source(config)
+        ).eval()
+    except Exception as error:
+        raise ConfigError(f"model.base {config.base!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def build_model(config: RunConfig, meta: bool = False) -> nn.Module:
+    """Base plus what `config.method` trains.
+
+    Returns:
+        A transformers causal LM in `train.precision`; what trains has `requires_grad`.
+
+    Raises:
+        ConfigError, UnsupportedModelError: the base cannot be loaded, or cannot be extended.
+    """
+    check_config(load_base_config(config.model))  # before gigabytes are read
+    model = load_base(config.model, DTYPES[config.train.precision], config.seed, meta)
+    if config.method == "full":
+        return model.requires_grad_(True)
+    if config.method == "lora":
+        return _add_lora(model, config)
+    return append_moe(model, config.moe, config.seed)
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """Parameters: `total`, `trainable`, and `active`, those that one token meets (K of E experts)."""
+    total = sum(p.numel() for p in model.parameters())
+    idle = 0
+    for moe in modules_of(model):
+        per_expert = sum(p.numel() for p in moe.experts.parameters()) // moe.config.experts
+        idle += per_expert * (moe.config.experts - moe.config.top_k)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {"total": total, "trainable": trainable, "active": total - idle}
+
+
+@contextmanager
+def base_view(model: nn.Module):
+    """Inside, the model computes what its base computes, where the method keeps the base (`moe-ct`, `lora`).
+
+    Raises:
+        UnsupportedModelError: everything was trained, so the base is not in the model any more.
+    """
+    if modules_of(model):
+        with base_only(model):
+            yield model
+    elif lora_layers(model):
+        for layer in lora_layers(model):
+            layer.enable_adapters(False)
+        try:
+            yield model
+        finally:
+            for layer in lora_layers(model):
+                layer.enable_adapters(True)
+    else:
+        raise UnsupportedModelError("a model trained in full does not hold its base; load the base by itself")
+
+
+def base_fingerprint(config: ModelConfig, seed: int = 0) -> str:
+    """A digest of the base, the same wherever it lies: of its config and safetensors files, or of shape and seed."""
+    if config.from_config is not None:
+        made = {"from_config": config.from_config, "seed": seed}
+        return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+    where_and_who = ("_name_or_path", "transformers_version", "architectures", "dtype", "auto_map")
+    values = {k: v for k, v in load_base_config(config).to_dict().items() if k not in where_and_who}
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
+    folder = _weights_folder(config)
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def lora_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that carry a low-rank update; empty for a model without."""
+    return [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "enable_adapters")]
+
+
+def merge_lora(model: nn.Module) -> nn.Module:
+    """Add every low-rank update to its weight, in place, and put the plain layers back."""
+    for name, layer in [(n, m) for n, m in model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "merge")]:
+        layer.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    return model
+
+
+def _add_lora(model: nn.Module, config: RunConfig) -> nn.Module:
+    import peft
+
+    lora = config.lora
+    settings = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, task_type="CAUSAL_LM")
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        try:
+            # inside a PeftModel the same module objects: the causal LM itself, its linear layers wrapped
+            return peft.get_peft_model(model, settings, autocast_adapter_dtype=False).get_base_model()
+        except ValueError as error:
+            raise ConfigError(f"lora.targets: {_first_line(error)}") from error
+
+
+def _source(config: ModelConfig) -> dict:
+    return {
+        "revision": config.revision or "main",
+        "trust_remote_code": config.trust_remote_code,
+        "local_files_only": os.path.isdir(config.base),
+    }
+
+
+def _weights_folder(config: ModelConfig) -> Path:
+    if os.path.isdir(config.base):
+        return Path(config.base)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(config.base, revision=config.revision, local_files_only=True))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

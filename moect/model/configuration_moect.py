@@ -1,0 +1,57 @@
+"""The configuration of an exported model: the base's own, nested, and what was appended to it. Needs no torch."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict
+
+from transformers import AutoConfig, PretrainedConfig
+
+from moect.moe_config import MoeConfig
+
+
+def _of_base(name: str) -> property:
+    return property(
+        lambda self: getattr(self.base_config, name), lambda self, value: setattr(self.base_config, name, value)
+    )
+
+
+class MoectConfig(PretrainedConfig):
+    """Hugging Face config of a base with an appended module.
+
+    Args:
+        base_config: the base's config, or its values with `model_type`; copied.
+        moe: values of `MoeConfig`; missing ones take its defaults.
+
+    Raises:
+        ValueError: `moe` describes no module.
+    """
+
+    model_type = "moect"
+    sub_configs = {"base_config": AutoConfig}  # attention kernel and dtype are handed down to it
+
+    def __init__(self, base_config: dict | PretrainedConfig | None = None, moe: dict | None = None, **kwargs):
+        values = base_config.to_dict() if isinstance(base_config, PretrainedConfig) else copy.deepcopy(base_config)
+        values = values or {"model_type": "llama"}  # transformers makes configs without arguments, to learn defaults
+        values.pop("_name_or_path", None)
+        self.base_config = AutoConfig.for_model(**values)
+        self.moe = asdict(MoeConfig(**(moe or {})))
+        if self._auto_class is None:
+            kwargs.pop("auto_map", None)  # saved again, no modelling file will lie beside it
+        super().__init__(**kwargs)
+
+    def get_text_config(self, decoder=None, encoder=None) -> PretrainedConfig:
+        """The base's config: caches and masks are made from it."""
+        return self.base_config
+
+    vocab_size = _of_base("vocab_size")
+    hidden_size = _of_base("hidden_size")
+    intermediate_size = _of_base("intermediate_size")
+    num_hidden_layers = _of_base("num_hidden_layers")
+    num_attention_heads = _of_base("num_attention_heads")
+    num_key_value_heads = _of_base("num_key_value_heads")
+    max_position_embeddings = _of_base("max_position_embeddings")
+    tie_word_embeddings = _of_base("tie_word_embeddings")
+    bos_token_id = _of_base("bos_token_id")
+    eos_token_id = _of_base("eos_token_id")
+    pad_token_id = _of_base("pad_token_id")

@@ -1,0 +1,62 @@
+"""Floating-point operations of a training step, counted from the model's shapes.
+
+A multiply-add counts as two. Element-wise work, norms and softmax are left out, as is usual for MFU (PaLM,
+arXiv 2204.02311, appendix B).
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from moect.model.families import blocks_of
+
+
+def training_flops_per_token(model: nn.Module, sequence_length: int, recompute: bool) -> int:
+    """Forward, backward and, with activation checkpointing, the second forward, for one token of a full row.
+
+    Backward costs the forward's operations once for the gradient of the inputs, from the first block that trains
+    upward, and once for the gradient of each weight that trains.
+
+    Args:
+        model: a causal LM as `build_model` makes it; shapes are enough.
+        sequence_length: S; a token attends to S/2 others on average.
+        recompute: each block's forward runs twice.
+    """
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 2 * 2 * (sequence_length / 2) * config.num_attention_heads * head_dim  # scores, and their mix of values
+
+    head = 2 * model.lm_head.weight.numel()
+    embeddings_train = model.model.embed_tokens.weight.requires_grad
+    forward = input_gradient = head
+    weight_gradient = head if model.lm_head.weight.requires_grad else 0
+    blocks = attention_total = 0.0
+    below_trains = embeddings_train
+    for block in blocks_of(model):
+        cost, trained = _matmul_flops(block)
+        blocks += cost
+        attention_total += attention
+        weight_gradient += trained
+        if below_trains:
+            input_gradient += cost + 2 * attention
+        elif trained:
+            # nothing below wants a gradient, but within the block it flows to what trains; the module is what trains
+            input_gradient += trained
+        below_trains = below_trains or trained > 0
+    forward += blocks + attention_total
+    again = blocks + attention_total if recompute else 0
+    return round(forward + again + input_gradient + weight_gradient)
+
+
+def _matmul_flops(block: nn.Module) -> tuple[float, float]:
+    """(all, of weights that train): forward operations of a block's matrix products for one token."""
+    cost = trained = 0.0
+    moe = getattr(block, "moe", None)
+    expert_names = {id(p) for p in moe.experts.parameters()} if moe is not None else set()
+    for parameter in block.parameters():
+        if parameter.dim() < 2:
+            continue
+        share = moe.config.top_k / moe.config.experts if id(parameter) in expert_names else 1
+        cost += 2 * parameter.numel() * share
+        trained += 2 * parameter.numel() * share * parameter.requires_grad
+    return cost, trained

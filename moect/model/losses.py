@@ -1,0 +1,93 @@
+"""Losses beside the model: cross-entropy in chunks, balance, router z, and the language gate's.
+
+Everything is returned as sums over tokens, so that the caller can divide by counts taken over all ranks and
+accumulation steps: then neither changes the result.
+
+T tokens, E experts, K experts per token, D width, V vocabulary, L blocks with a module
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moect.model.record import ForwardRecord
+
+CHUNK_ELEMENTS = 2**26  # logits held at once: 256 MiB in fp32
+
+
+def cross_entropy_sum(hidden_TD: Tensor, labels_T: Tensor, lm_head: nn.Module, vocab_size: int) -> Tensor:
+    """Sum of next-token cross-entropies in fp32, never holding more than CHUNK_ELEMENTS logits.
+
+    Args:
+        hidden_TD: last hidden states, after the final norm.
+        labels_T: int64, the token to predict at each position; -100: none.
+        lm_head: maps (T, D) to logits (T, V).
+        vocab_size: V.
+    """
+    # as many parts as all positions would need: under ZeRO-3 every rank must call the head equally often
+    parts = -(-len(labels_T) * vocab_size // CHUNK_ELEMENTS)
+    scored = labels_T != -100
+    hidden_TD, labels_T = hidden_TD[scored], labels_T[scored]
+
+    def chunk_sum(hidden_CD: Tensor, labels_C: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(lm_head(hidden_CD).float(), labels_C, reduction="sum")
+
+    if parts <= 1:
+        return chunk_sum(hidden_TD, labels_T)
+    chunks = zip(hidden_TD.tensor_split(parts), labels_T.tensor_split(parts), strict=True)
+    return torch.stack([checkpoint(chunk_sum, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+
+
+def expert_counts(record: ForwardRecord, num_experts: int, valid_T: Tensor) -> Tensor:
+    """Assignments of valid tokens to each expert, (L, E) fp64, blocks ascending."""
+    counts_LE = []
+    for index in sorted(record.blocks):
+        block = record.blocks[index]
+        valid = valid_T if block.open_T is None else valid_T[block.open_T]
+        counts_LE.append(torch.bincount(block.indices_TK[valid].flatten(), minlength=num_experts).double())
+    return torch.stack(counts_LE)
+
+
+def score_sums(record: ForwardRecord, router: str, valid_T: Tensor) -> Tensor:
+    """Sum over valid tokens of each expert's score, normalised to sum 1 per token, (L, E) fp32, with gradient."""
+    sums_LE = []
+    for index in sorted(record.blocks):
+        logits_TE = record.blocks[index].logits_TE[valid_T]
+        if router == "softmax":
+            scores_TE = logits_TE.softmax(-1)
+        else:
+            scores_TE = logits_TE.sigmoid()
+            scores_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
+        sums_LE.append(scores_TE.sum(0))
+    return torch.stack(sums_LE)
+
+
+def balance_loss(load_LE: Tensor, mean_scores_LE: Tensor) -> Tensor:
+    """E · Σ_e f_e P_e, mean over blocks (MoE-LPR, arXiv 2408.11396; the Switch loss with Σ f_e = 1): 1 when balanced.
+
+    Args:
+        load_LE: f, share of assignments of each expert; rows sum to 1; without gradient.
+        mean_scores_LE: P, mean score of each expert over tokens; the gradient flows through it.
+    """
+    return load_LE.shape[1] * (load_LE * mean_scores_LE).sum(1).mean()
+
+
+def z_sum(record: ForwardRecord, valid_T: Tensor) -> Tensor:
+    """Sum over valid tokens of logsumexp(router logits)², mean over blocks (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    sums_L = [block.logits_TE[valid_T].logsumexp(-1).square().sum() for block in record.blocks.values()]
+    return torch.stack(sums_L).mean()
+
+
+def gate_sums(gate_logit_T: Tensor, role_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of the language gate's binary cross-entropy over old (target 0) and over new tokens (target 1), fp32.
+
+    Divided each by its own count they make the class-balanced loss: mean over old plus mean over new.
+
+    Args:
+        gate_logit_T: logits of q.
+        role_T: int8, 0 old, 1 new, -1 neither (padding).
+    """
+    softplus = nn.functional.softplus
+    return softplus(gate_logit_T[role_T == 0]).sum(), softplus(-gate_logit_T[role_T == 1]).sum()

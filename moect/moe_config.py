@@ -1,0 +1,109 @@
+"""What the appended module is made of. Part of the run's configuration and of every exported model."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal, get_args, get_origin, get_type_hints
+
+
+def option(default, help: str):
+    """A dataclass field with the sentence that the configuration reference prints for it."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class MoeConfig:
+    """The appended module: where it sits, its experts and router, and how it joins the frozen FFN.
+
+    Raises:
+        ValueError: a value, or a combination of values, that describes no module.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    layers: str | list[int] = option(
+        "all", "blocks that get a module: `all`, `every-N` (blocks N-1, 2N-1, …), or a list of block indices"
+    )
+    experts: int = option(4, "experts per block, E")
+    top_k: int = option(2, "experts per token, K")
+    width: int | None = option(None, "width of an expert, F; null: the width of the base's FFN")
+    router: Literal["softmax", "sigmoid"] = option("softmax", "how router logits become scores; always in fp32")
+    renormalise: bool = option(True, "divide a token's K weights by their sum")
+    routed_scale: float = option(1.0, "factor on the weights after that")
+    fusion: Literal["gate", "discrete", "fixed", "add"] = option(
+        "gate", "how the experts' output m joins the frozen FFN's output f: see docs/concepts.md"
+    )
+    fixed_weight: float = option(0.5, "s of the `fixed` fusion: r + s·f + (1-s)·m")
+    init: Literal["auto", "copy", "zero"] = option(
+        "auto",
+        "experts start as copies of the block's FFN (`copy`) or with a zero output projection (`zero`); "
+        "`auto`: copies where width and fusion allow",
+    )
+    language_gate: bool = option(
+        False, "one gate value a token, from frozen features, shared by all blocks; needs `fusion: add`"
+    )
+    gate_threshold: float = option(0.5, "at inference a token with a gate value at or below this skips the experts")
+    balance: Literal["loss", "bias", "none"] = option(
+        "loss", "balance the experts by an auxiliary loss, by a selection bias (no loss), or not at all"
+    )
+    dispatch: str = option("auto", "expert kernel: `auto` or the name of a registered backend")
+
+    def __post_init__(self):
+        for name, hint in get_type_hints(type(self)).items():
+            allowed = get_args(hint)
+            if get_origin(hint) is Literal and getattr(self, name) not in allowed:
+                raise ValueError(f"moe.{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        if isinstance(self.layers, str) and self.layers != "all" and not re.fullmatch(r"every-[1-9]\d*", self.layers):
+            raise ValueError(f"moe.layers is {self.layers!r}: use `all`, `every-N` or a list of block indices")
+        if isinstance(self.layers, list) and not self.layers:
+            raise ValueError("moe.layers is an empty list: name at least one block, or use `all`")
+        for name in ("experts", "top_k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"moe.{name} is {getattr(self, name)}: it must be at least 1")
+        if self.top_k > self.experts:
+            raise ValueError(f"moe.top_k is {self.top_k} but there are only {self.experts} experts: lower moe.top_k")
+        if self.width is not None and (self.width < 8 or self.width % 8):
+            raise ValueError(f"moe.width is {self.width}: the kernels need a multiple of 8")
+        if not 0.0 <= self.fixed_weight < 1.0:
+            raise ValueError(f"moe.fixed_weight is {self.fixed_weight}: it must lie in [0, 1), at 1 no expert counts")
+        if not 0.0 < self.routed_scale < float("inf"):
+            raise ValueError(f"moe.routed_scale is {self.routed_scale}: it must be positive")
+        if not 0.0 <= self.gate_threshold < 1.0:
+            raise ValueError(f"moe.gate_threshold is {self.gate_threshold}: it must lie in [0, 1)")
+        if self.language_gate and self.fusion != "add":
+            raise ValueError(f"moe.language_gate needs moe.fusion: add, and it is `{self.fusion}`")
+        if self.init == "copy":
+            if self.fusion == "add":
+                raise ValueError("moe.init: copy would double the FFN under fusion `add`: use init: zero or auto")
+            if not self.renormalise or self.routed_scale != 1.0:
+                raise ValueError("moe.init: copy needs weights that sum to 1: renormalise: true, routed_scale: 1.0")
+
+    def starts_as_copies(self, ffn_width: int) -> bool:
+        """Whether experts begin as copies of an FFN of this width; initialisation follows the fusion."""
+        if self.init != "auto":
+            return self.init == "copy"
+        sums_to_one = self.renormalise and self.routed_scale == 1.0
+        return self.fusion != "add" and sums_to_one and self.width in (None, ffn_width)
+
+    def layer_indices(self, num_layers: int) -> list[int]:
+        """The chosen blocks, ascending.
+
+        Raises:
+            ValueError: an index outside the model, twice the same, or a stride longer than the model.
+        """
+        if self.layers == "all":
+            return list(range(num_layers))
+        if isinstance(self.layers, str):
+            stride = int(self.layers.removeprefix("every-"))
+            if stride > num_layers:
+                raise ValueError(f"moe.layers is {self.layers!r} but the base has {num_layers} blocks")
+            return list(range(stride - 1, num_layers, stride))
+        wrong = [i for i in self.layers if not 0 <= i < num_layers]
+        if wrong:
+            raise ValueError(f"moe.layers names block {wrong[0]}, the base has blocks 0 to {num_layers - 1}")
+        if len(set(self.layers)) != len(self.layers):
+            raise ValueError("moe.layers names a block twice")
+        return sorted(self.layers)

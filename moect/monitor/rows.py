@@ -1,0 +1,69 @@
+"""monitor/forgetting.jsonl: one JSON object a checkpoint, language and domain.
+
+Keys of a row: step, lang, role, domain, bits_per_byte, base_bits_per_byte, delta (model - base), retention (old
+languages) or gain (new ones), bytes, documents; where the text has answers exact_match and base_exact_match; where the
+model has a module expert_load (block by block, share of each expert) and gate, with a language gate also open_share.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from moect.errors import DataError
+
+Row = dict[str, Any]
+
+FILE_NAME = "forgetting.jsonl"
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """All rows, by ascending step; none when nothing was measured yet.
+
+    Args:
+        folder: RUN/monitor.
+
+    Raises:
+        DataError: the file is damaged or cannot be read.
+    """
+    path = Path(folder) / FILE_NAME
+    rows = []
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return rows
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            row["step"], row["lang"], row["domain"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{path}:{number}: not a row of the monitor; remove the line") from error
+        rows.append(row)
+    return sorted(rows, key=lambda row: row["step"])
+
+
+def replace_rows(folder: Path, rows: list[Row]) -> None:
+    """Add rows; one of the same step, language and domain as an earlier one takes its place. Atomic."""
+    added = {_key(row) for row in rows}
+    kept = [row for row in read_rows(folder) if _key(row) not in added]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in sorted(kept + rows, key=lambda row: row["step"])]
+    write_atomically(Path(folder) / FILE_NAME, "".join(lines))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a crash, finds either the whole old one or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _key(row: Row) -> tuple:
+    return row["step"], row["lang"], row["domain"]

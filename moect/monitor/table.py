@@ -1,0 +1,82 @@
+"""Rows of one checkpoint as text that a person reads."""
+
+from __future__ import annotations
+
+from moect.monitor.rows import Row
+
+# heading, is it left-aligned
+COLUMNS = {
+    "language": True,
+    "role": True,
+    "domain": True,
+    "base": False,
+    "model": False,
+    "delta": False,
+    "retention": False,
+    "gain": False,
+    "exact match": False,
+    "gate": False,
+    "open": False,
+}
+AVERAGED = ("delta", "retention", "gain", "exact_match", "base_exact_match", "gate", "open_share")
+
+
+def render_table(rows: list[Row]) -> str:
+    """An aligned table: a line a text, old languages first, and each role's mean.
+
+    The mean leaves bits per byte out: they cannot be compared across languages. A column that nobody fills is left out.
+
+    Args:
+        rows: of one step.
+    """
+    lines = []
+    for role in ("old", "new"):
+        members = [row for row in rows if row["role"] == role]
+        lines += [_cells(row) for row in members]
+        if len(members) > 1:
+            lines.append(_cells({"lang": "mean", "role": role, **_mean(members)}))
+    used = [c for c in COLUMNS if any(line[c] for line in lines)]
+    widths = {c: max(len(c), *(len(line[c]) for line in lines)) for c in used}
+    # as in a table of figures: the heading stands where its figures stand
+    aligned = ["  ".join(_align(cells[c], widths[c], COLUMNS[c]) for c in used).rstrip() for cells in lines]
+    heading = "  ".join(_align(c, widths[c], COLUMNS[c]) for c in used).rstrip()
+    rule = "-" * max(map(len, [heading, *aligned]))
+    title = f"step {rows[0]['step']}: bits per byte on held-out text, base and model"
+    return "\n".join([title, heading, rule, *aligned])
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """A share as text; empty for None."""
+    return "" if share is None else f"{100 * share:.{digits}f}%"
+
+
+def _cells(row: Row) -> dict[str, str]:
+    def number(key: str, form: str) -> str:
+        return "" if row.get(key) is None else format(row[key], form)
+
+    exact = ""
+    if row.get("exact_match") is not None:
+        exact = f"{percent(row['base_exact_match'])} -> {percent(row['exact_match'])}"
+    return {
+        "language": row["lang"],
+        "role": row["role"],
+        "domain": row.get("domain", ""),
+        "base": number("base_bits_per_byte", ".4f"),
+        "model": number("bits_per_byte", ".4f"),
+        "delta": number("delta", "+.4f"),
+        "retention": percent(row.get("retention"), 2),
+        "gain": percent(row.get("gain"), 2),
+        "exact match": exact,
+        "gate": number("gate", ".3f"),
+        "open": percent(row.get("open_share")),
+    }
+
+
+def _mean(rows: list[Row]) -> Row:
+    """Mean of each column over the rows that have a value in it."""
+    columns = {key: [row[key] for row in rows if row.get(key) is not None] for key in AVERAGED}
+    return {key: sum(values) / len(values) for key, values in columns.items() if values}
+
+
+def _align(text: str, width: int, left: bool) -> str:
+    return text.ljust(width) if left else text.rjust(width)

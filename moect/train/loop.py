@@ -1,0 +1,338 @@
+"""A run from its configuration to its last checkpoint: build, measure the base, train, save, measure again.
+
+Everything random is a function of (seed, step, rank), the learning rate of the step, and the data order of (seed,
+position): so a resumed run repeats exactly what the uninterrupted one would have done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import moect
+from moect import distributed
+from moect.config import RunConfig, config_to_yaml
+from moect.data.evaluation import load_evaluation
+from moect.data.loader import Loader, MicroBatch
+from moect.data.tokenizer import load_tokenizer
+from moect.errors import CheckpointError, TrainingError
+from moect.model.build import DTYPES, base_fingerprint, base_view, build_model, load_base_config
+from moect.monitor.forgetting import ForgettingMonitor
+from moect.plan import make_plan, render
+from moect.train import checkpoint, state
+from moect.train.engine import make_engine
+from moect.train.folder import RunLog, open_folder
+from moect.train.meters import Meter, duration, peak_flops
+from moect.train.objective import Objective, StepCounts
+from moect.train.resume import check_same_run
+from moect.train.schedule import learning_rate
+
+
+def train(config: RunConfig) -> Path:
+    """Run, or resume, the training that a configuration describes. Every rank calls it.
+
+    The process group stays: a process that ends after this calls `moect.train.distributed.stop`.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        MoectError: whatever the user can put right.
+    """
+    rank, world_size = distributed.start()
+    run = Run(config, rank, world_size)
+    try:
+        run.go()
+    finally:
+        run.close()
+    return run.folder
+
+
+class Run:
+    """One training run on one rank. `go` is the whole story."""
+
+    def __init__(self, config: RunConfig, rank: int, world_size: int):
+        self.config, self.rank, self.world_size = config, rank, world_size
+        self.main = rank == 0
+        # whatever can be wrong with the input is found before the folder is made
+        self.tokenizer = load_tokenizer(config.model)
+        vocab_size = load_base_config(config.model).vocab_size
+        cache = Path(config.output) / ".cache"
+        self.loader = distributed.main_first(
+            lambda: Loader(config, self.tokenizer, cache, rank, world_size, vocab_size)
+        )
+        texts = load_evaluation(config.data) if config.monitor.enabled else []
+        model = build_model(config)
+        self.fingerprint = base_fingerprint(config.model, config.seed)
+        self.plan = make_plan(config, model, self.loader.summary(), world_size)
+
+        self.folder = config.folder
+        self.monitor = None
+        if texts:
+            self.monitor = ForgettingMonitor(
+                config, texts, self.tokenizer, self.folder / "monitor", rank, world_size, self.fingerprint
+            )
+        self.checkpoint, self.changed = self._find_checkpoint() if config.resume == "auto" else (None, [])
+        distributed.on_main(lambda: open_folder(config))
+        self.log = RunLog(self.folder, enabled=self.main)
+        self.writer = _tensorboard(self.folder) if self.main else None
+        self.objective = Objective(model, config)
+        self.engine = make_engine(self.objective, config.train, world_size)
+        self.step = 0
+
+    def go(self) -> None:
+        """The run: from step 0 or the last checkpoint, to the last step or `stop_after`."""
+        train = self.config.train
+        if self.main:
+            self._announce()
+        self._measure_base()
+        if self.checkpoint:
+            self._resume(self.checkpoint)
+        else:
+            if self.log.has_lines:  # it ended before its first checkpoint: what it logged is superseded
+                self.log.write(event="resume", step=0, world_size=self.world_size, changed=[])
+                self._say(f"{self.folder}: no checkpoint to go on from; begins again at step 0")
+            self.log.write(event="start", step=0, plan=self.plan)
+            self._measure()
+        end = min(train.steps, train.stop_after or train.steps)
+        peak, source = peak_flops(self.engine.device, DTYPES[train.precision])
+        self._say(f"\nMFU against {peak / 1e12:.2f} TFLOP/s a rank ({source})")
+        meter = Meter(self.plan["tokens_per_step"], self.plan["flops_per_token"], peak, self.world_size)
+        while self.step < end:
+            meter.start_step()
+            counts = self._train_step()
+            meter.end_step()
+            if self.step % train.log_every == 0 or self.step == end:
+                self._report(counts, meter)
+            if self.step % train.save_every == 0 or self.step == end:
+                self._save()
+                self._measure()
+        done = self.step == train.steps
+        self.log.write(event="end" if done else "stop", step=self.step)
+        how = "finished" if done else "stopped as asked; go on with resume=auto"
+        self._say(f"\n{self.folder}: {how} at step {self.step}")
+
+    def close(self) -> None:
+        """Close the run's files, and let go of DeepSpeed's hooks."""
+        self.log.close()
+        if self.writer:
+            self.writer.close()
+        self.engine.destroy()
+
+    def _train_step(self) -> StepCounts:
+        """One optimizer step over the step's micro-batches."""
+        config, engine = self.config, self.engine
+        self.engine.train()
+        torch.manual_seed((config.seed * 1_000_003 + self.step) * 4099 + self.rank)
+        state.set_learning_rate(engine, learning_rate(self.step, config.train))
+        batches = [batch.to(engine.device) for batch in self.loader.next_step()]
+        counts = self._count(batches)
+        # DeepSpeed averages over ranks and accumulation steps; the objective's shares are to be summed
+        scale = float(self.world_size * len(batches))
+        for batch in batches:
+            engine.backward(engine(**_arguments(batch), counts=counts, scale=scale))
+            engine.step()
+        self._balance()
+        self.step += 1
+        self._check_finite()
+        return counts
+
+    def _check_finite(self) -> None:
+        """Stop at the first step that went wrong, before a checkpoint is made of it."""
+        for name, value in (("loss", self.sums["cross_entropy"].item()), ("norm of the gradient", self._grad_norm())):
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"{self.folder}: the {name} is {value} at step {self.step}: lower train.lr or lengthen "
+                    "train.warmup, and go on from the last checkpoint with resume=auto"
+                )
+
+    def _grad_norm(self) -> float:
+        return float(self.engine.get_global_grad_norm() or 0.0)
+
+    def _count(self, batches: list[MicroBatch]) -> StepCounts:
+        """Count the step's tokens over all ranks."""
+        labels = sum((b.labels_BS != -100).sum() for b in batches)
+        old, new = (sum((b.role_BS == role).sum() for b in batches) for role in (0, 1))
+        counts = torch.stack([labels, old, new])
+        dist.all_reduce(counts)
+        labels, old, new = counts.tolist()
+        return StepCounts(labels=labels, valid=old + new, old=old, new=new)
+
+    def _balance(self) -> None:
+        """Take the step's expert load, over all ranks, to the next step's balance loss or to the selection bias."""
+        objective = self.objective
+        self.sums = _all_reduced(objective.sums)
+        objective.sums = {}
+        if "expert_counts" not in self.sums:
+            return
+        counts_LE = self.sums["expert_counts"]
+        objective.load_LE = (counts_LE / counts_LE.sum(1, keepdim=True).clamp_min(1)).cpu()
+        if self.config.moe.balance == "bias":
+            for moe, counts_E in zip(objective.modules_L, counts_LE, strict=True):
+                step_E = torch.sign(counts_E.mean() - counts_E) * self.config.loss.bias_rate
+                moe.router.selection_bias += step_E.to(moe.router.selection_bias)
+
+    def _report(self, counts: StepCounts, meter: Meter) -> None:
+        """One line for the screen, log.jsonl and TensorBoard."""
+        if not self.main:
+            return
+        values = self._figures(counts)
+        speed = meter.read(self.config.train.steps - self.step)
+        self.log.write(step=self.step, **values, **{k: v for k, v in speed.items() if k != "eta_seconds"})
+        for key, value in {**values, "tokens_per_second": speed["tokens_per_second"], "mfu": speed["mfu"]}.items():
+            if isinstance(value, float):
+                self.writer.add_scalar(f"train/{key}", value, self.step)
+        extra = "".join(f"  {k} {values[k]:.3f}" for k in ("balance", "gate") if k in values)
+        width = len(str(self.config.train.steps))
+        self._say(
+            f"step {self.step:>{width}}/{self.config.train.steps}  loss {values['loss']:.4f}{extra}  "
+            f"lr {values['lr']:.1e}  norm {values['grad_norm']:.2f}  {speed['tokens_per_second']:,.0f} tok/s  "
+            f"MFU {100 * speed['mfu']:.0f}%  ETA {duration(speed['eta_seconds'])}"
+        )
+
+    def _figures(self, counts: StepCounts) -> dict:
+        """The step's losses over all its tokens, and its expert load."""
+        sums = {name: value.cpu() for name, value in self.sums.items()}
+        values = {
+            "loss": sums["cross_entropy"].item() / max(counts.labels, 1),
+            "lr": learning_rate(self.step - 1, self.config.train),
+            "grad_norm": self._grad_norm(),
+            "old_share": counts.old / max(counts.valid, 1),
+        }
+        if "expert_counts" in sums:
+            load_LE = self.objective.load_LE
+            values["greatest_load"] = load_LE.max().item() * load_LE.shape[1]
+        if "scores" in sums:
+            scores_LE = sums["scores"] / counts.valid
+            values["balance"] = (scores_LE.shape[1] * (self.objective.load_LE * scores_LE).sum(1)).mean().item()
+        if "z" in sums:
+            values["z"] = sums["z"].item() / counts.valid
+        if "gate_old" in sums:
+            values["gate"] = sums["gate_old"].item() / max(counts.old, 1) + sums["gate_new"].item() / max(counts.new, 1)
+        if "frozen_share" in sums:
+            values["frozen_share"] = sums["frozen_share"].item() / counts.valid
+        return values
+
+    def _save(self) -> None:
+        """A checkpoint of everything that the next step depends on."""
+        tensors = state.gather(self.engine, keep=self.main)
+        if self.main:
+            moments = tuple(f"{m}." for m in state.MOMENTS)
+            buffers = {name: b.detach().cpu().clone() for name, b in checkpoint.module_buffers(self.objective.model)}
+            files = {
+                "module": {k: t for k, t in tensors.items() if not k.startswith(moments)} | buffers,
+                "optimizer": {k: t for k, t in tensors.items() if k.startswith(moments)},
+                "trainer": {"load_LE": self.objective.load_LE},
+            }
+            info = {
+                "moect": moect.__version__,
+                "base_fingerprint": self.fingerprint,
+                "data": self.loader.state_dict(),
+                "world_size": self.world_size,
+                "config": dataclasses.asdict(self.config),
+            }
+        folder = self.folder / "checkpoints"
+
+        def write() -> None:
+            path = checkpoint.save_checkpoint(folder, self.step, files, info)
+            checkpoint.rotate(folder, self.config.train.keep_last)
+            self.log.write(event="checkpoint", step=self.step)
+            print(f"saved {path}", flush=True)
+
+        distributed.on_main(write)
+
+    def _find_checkpoint(self) -> tuple[Path | None, list[str]]:
+        """The newest undamaged checkpoint, and what has changed since. One of another run is refused here, before
+        anything is written."""
+        folder = self.folder / "checkpoints"
+        if not checkpoint.list_checkpoints(folder):
+            return None, []
+        path = distributed.on_main(lambda: checkpoint.find_checkpoint(self.folder))
+        info = checkpoint.read_info(path)
+        if info["step"] > self.config.train.steps:
+            raise CheckpointError(
+                f"{path}: beyond the end, train.steps is {self.config.train.steps}; raise it to go on from there"
+            )
+        changed = check_same_run(info, self.config, self.fingerprint, str(path))
+        self.loader.load_state_dict(info["data"])
+        return path, changed
+
+    def _resume(self, path: Path) -> None:
+        """Go back to a checkpoint."""
+        info = checkpoint.read_info(path)
+        tensors = checkpoint.read_module(path) | checkpoint.read_tensors(path, "optimizer")
+        self._check_tensors(tensors, path)
+        batches = [batch.to(self.engine.device) for batch in self.loader.next_step()]
+        state.wake_optimizer(self.engine, {**_arguments(batches[0]), "counts": self._count(batches), "scale": 1.0})
+        state.scatter(self.engine, tensors, info["step"])
+        for name, buffer in checkpoint.module_buffers(self.objective.model):
+            buffer.copy_(tensors[name])
+        self.objective.load_LE = checkpoint.read_tensors(path, "trainer")["load_LE"]
+        self.objective.sums = {}
+        self.loader.load_state_dict(info["data"])
+        self.step = info["step"]
+        self.log.write(event="resume", step=self.step, world_size=self.world_size, changed=self.changed)
+        self._say(f"resumed from {path}" + "".join(f"\n  changed: {line}" for line in self.changed))
+        if self.monitor and not self.monitor.has_rows(self.step):  # killed between checkpoint and measurement
+            self._measure()
+
+    def _check_tensors(self, tensors: dict, path: Path) -> None:
+        shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in state.trainable_parameters(self.engine)}
+        shapes |= {f"{m}.{name}": shape for name, shape in shapes.items() for m in state.MOMENTS}
+        shapes |= {name: buffer.shape for name, buffer in checkpoint.module_buffers(self.objective.model)}
+        checkpoint.check_shapes(tensors, shapes, path)
+
+    def _measure_base(self) -> None:
+        """Measure the base once: the model as it is before any step, its module switched off."""
+        if self.monitor and not self.monitor.has_base():
+            model = self.objective.model
+            with base_view(model) if self.config.method != "full" else nullcontext():
+                self.monitor.measure_base(model)
+
+    def _measure(self) -> None:
+        """The forgetting table of this step."""
+        if not self.monitor:
+            return
+        rows = self.monitor.measure(self.objective.model, self.step)
+        if self.main:
+            self.monitor.tensorboard(self.writer, rows, self.step)
+            print(f"\n{self.monitor.table(rows)}\n", flush=True)
+
+    def _announce(self) -> None:
+        print(render(self.plan), flush=True)
+        (self.folder / "plan.json").write_text(json.dumps(self.plan, indent=1, ensure_ascii=False), encoding="utf-8")
+        self.writer.add_text("config", f"```yaml\n{config_to_yaml(self.config)}```")
+
+    def _say(self, text: str) -> None:
+        if self.main:
+            print(text, flush=True)
+
+
+def _arguments(batch: MicroBatch) -> dict:
+    return {
+        "input_ids": batch.input_ids_BS,
+        "labels": batch.labels_BS,
+        "position_ids": batch.position_ids_BS,
+        "role": batch.role_BS,
+    }
+
+
+def _all_reduced(sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The sums over all ranks, in one collective."""
+    names = sorted(sums)
+    flat = torch.cat([sums[name].reshape(-1) for name in names])
+    dist.all_reduce(flat)
+    parts = flat.split([sums[name].numel() for name in names])
+    return {name: part.view(sums[name].shape) for name, part in zip(names, parts, strict=True)}
+
+
+def _tensorboard(folder: Path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder / "tensorboard")

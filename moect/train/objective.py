@@ -1,0 +1,105 @@
+"""What one micro-batch contributes to the step's loss.
+
+The step's loss is defined over all tokens of the step: of all ranks and all accumulation steps. Each micro-batch adds
+its share of that sum, so neither the number of ranks nor of accumulation steps changes the result.
+
+The balance loss E·Σ f_e P_e is the one term that is not a sum over tokens. P_e is linear in the tokens; for the load
+f_e, which carries no gradient, the exact load of the step before is taken: that of this step would only be known after
+its last micro-batch.
+
+B batch rows, S sequence, T = B·S tokens, E experts, L blocks with a module
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moect.config import RunConfig
+from moect.model.append import RECORD, modules_of
+from moect.model.losses import balance_loss, cross_entropy_sum, expert_counts, gate_sums, score_sums, z_sum
+from moect.model.record import ForwardRecord
+
+
+@dataclass
+class StepCounts:
+    """Tokens of a whole optimizer step, over all ranks and accumulation steps."""
+
+    labels: int
+    valid: int
+    old: int
+    new: int
+
+
+class Objective(nn.Module):
+    """The causal LM with its losses; what DeepSpeed wraps.
+
+    Attributes:
+        model: the causal LM.
+        load_LE: fp64, share of assignments each expert had in the step before; uniform at the start.
+        sums: what the micro-batches of this step added up to on this rank, by name; fp64, without gradient.
+    """
+
+    def __init__(self, model: nn.Module, config: RunConfig):
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.modules_L = modules_of(model)
+        moe = config.moe
+        self.load_LE = torch.full((len(self.modules_L), moe.experts), 1 / moe.experts, dtype=torch.float64)
+        self.sums: dict[str, Tensor] = {}
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, role: Tensor, counts: StepCounts, scale: float
+    ) -> Tensor:
+        """This micro-batch's share of the step's loss, times `scale`.
+
+        Args:
+            input_ids, labels, position_ids: (B, S) int64; label -100 is not scored.
+            role: (B, S) int8, 0 old, 1 new, -1 padding.
+            counts: tokens of the whole step.
+            scale: undoes the averaging of whoever sums the gradients.
+        """
+        record = ForwardRecord()
+        extra = {RECORD: record} if self.modules_L else {}
+        # use_cache=False is what keeps packed documents from seeing one another
+        hidden_BSD = self.model.model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, **extra
+        ).last_hidden_state
+        vocab_size = self.model.config.vocab_size
+        cross_entropy = cross_entropy_sum(hidden_BSD.flatten(0, 1), labels.flatten(), self.model.lm_head, vocab_size)
+        self._add("cross_entropy", cross_entropy)
+        loss = cross_entropy / max(counts.labels, 1)
+        if self.modules_L:
+            loss = loss + self._module_losses(record, role.flatten(), counts)
+        return loss * scale
+
+    def _module_losses(self, record: ForwardRecord, role_T: Tensor, counts: StepCounts) -> Tensor:
+        moe, weights = self.config.moe, self.config.loss
+        valid_T = role_T >= 0
+        with torch.no_grad():
+            self._add("expert_counts", expert_counts(record, moe.experts, valid_T))
+            shares = [b.frozen_share_T[valid_T].sum() for b in record.blocks.values() if b.frozen_share_T is not None]
+            if shares:
+                self._add("frozen_share", torch.stack(shares).mean())
+        loss = torch.zeros((), device=role_T.device)
+        if moe.balance == "loss" and weights.balance:
+            sums_LE = score_sums(record, moe.router, valid_T)
+            self._add("scores", sums_LE)
+            loss = loss + weights.balance * balance_loss(self.load_LE.to(sums_LE), sums_LE / counts.valid)
+        if weights.z:
+            z = z_sum(record, valid_T)
+            self._add("z", z)
+            loss = loss + weights.z * z / counts.valid
+        if record.gate_logit_T is not None:
+            old, new = gate_sums(record.gate_logit_T, role_T)
+            self._add("gate_old", old)
+            self._add("gate_new", new)
+            loss = loss + weights.gate * (old / max(counts.old, 1) + new / max(counts.new, 1))
+        return loss
+
+    def _add(self, name: str, value: Tensor) -> None:
+        value = value.detach().double()
+        self.sums[name] = self.sums[name] + value if name in self.sums else value

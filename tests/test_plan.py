@@ -1,0 +1,118 @@
+"""The numbers that a run announces, against counting."""
+
+import json
+
+import pytest
+import torch
+from small_runs import VOCABULARY
+from tiny import FAMILIES, tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from moect.data.loader import Loader
+from moect.data.tokenizer import load_tokenizer
+from moect.model.build import build_model, parameter_counts
+from moect.model.flops import training_flops_per_token
+from moect.plan import make_plan, memory_per_rank, render
+from moect.train.loop import train
+
+D, F, V, L, E, K = 32, 64, VOCABULARY, 3, 4, 2  # width, FFN width, vocabulary, blocks, experts, experts per token
+
+
+def brute_force(method: str) -> dict[str, int]:
+    """Parameters of the tiny Qwen3 and of what is added to it, from the shapes by hand."""
+    heads, kv_heads, head = 4, 2, 8
+    attention = D * heads * head * 2 + D * kv_heads * head * 2 + 2 * head  # q and o, k and v, their two norms
+    base = V * D * 2 + D + L * (attention + 3 * D * F + 2 * D)
+    if method == "full":
+        return {"total": base, "trainable": base, "active": base}
+    expert = 3 * D * F
+    gate = 2 * (D * (D // 4) + D // 4) + (D // 4 + 1)
+    module = L * (E * D + E * expert + gate)
+    return {"total": base + module, "trainable": module, "active": base + module - L * (E - K) * expert}
+
+
+@pytest.mark.parametrize("method", ["full", "moe-ct"])
+def test_parameters_are_counted_as_by_hand(place, method):
+    config = place.config(method=method)
+    for meta in (False, True):
+        assert parameter_counts(build_model(config, meta=meta)) == brute_force(method)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tied_embeddings_are_counted_once(family):
+    tied, untied = (tiny_model(family, tie_word_embeddings=t).requires_grad_(True) for t in (True, False))
+    assert parameter_counts(untied)["total"] - parameter_counts(tied)["total"] == untied.lm_head.weight.numel()
+
+
+@pytest.mark.parametrize(
+    "moe", [{"fusion": "gate"}, {"fusion": "add", "layers": [1, 2]}, {"fusion": "add", "width": 16}]
+)
+@pytest.mark.parametrize("method", ["full", "moe-ct"])
+def test_flops_of_training_are_those_that_torch_counts(place, method, moe):
+    """Torch counts the products of attention over whole squares: the formula's half is for the causal mask.
+
+    Left out on both sides: everything element-wise. Counted by the formula only: in the lowest block with a module, the
+    gradients of the module's inputs, which nothing needs; here some 6 per cent.
+    """
+    config = place.config(method=method, moe={**moe, "experts": E, "top_k": K})
+    config.model.attention = "eager"
+    model = build_model(config).train()
+    S = 64
+    ids = torch.randint(3, V, (1, S), generator=torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, use_cache=False).logits.logsumexp(-1).sum().backward()
+    counts = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
+    squares = counts.pop("aten.bmm")
+    assert squares > 0 and counts
+    counted = (sum(counts.values()) + squares / 2) / S
+    assert 0.99 * counted < training_flops_per_token(model, S, recompute=False) < 1.08 * counted
+
+
+def test_activation_checkpointing_adds_one_forward_of_the_blocks(place):
+    model = build_model(place.config(method="full"))
+    once, twice = (training_flops_per_token(model, 64, recompute) for recompute in (False, True))
+    head = 2 * V * D
+    assert twice - once == pytest.approx((once - 3 * head) / 3, abs=2)  # a step is three forwards
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_memory_follows_the_formula_of_the_stage(place, precision, stage, ranks):
+    config = place.config(train={"precision": precision, "zero_stage": stage, "micro_batch": 2})
+    memory = memory_per_rank(config, build_model(config), ranks)
+    count = brute_force("moe-ct")
+    element = {"fp32": 4, "bf16": 2}[precision]
+    states = 2 if (precision, stage) == ("fp32", 0) else 3  # moments, and a master copy where the weights are not it
+    share = {purpose: ranks if stage >= least else 1 for purpose, least in (("o", 1), ("g", 2), ("w", 3))}
+    assert memory["weights"] == count["total"] * element // share["w"]
+    assert memory["gradients"] == count["trainable"] * 4 // share["g"]
+    assert memory["optimizer"] == count["trainable"] * 4 * states // share["o"]
+    assert memory["activations"] > 0
+
+
+def test_activations_shrink_when_they_are_recomputed(place):
+    sizes = []
+    for recompute in (False, True):
+        config = place.config(train={"activation_checkpointing": recompute})
+        sizes.append(memory_per_rank(config, build_model(config, meta=True), 1)["activations"])
+    assert sizes[1] < sizes[0]
+
+
+def test_derived_numbers_of_a_step_and_of_the_run(place):
+    config = place.config(train={"batch_size": 8, "micro_batch": 2, "steps": 6})
+    loader = Loader(config, load_tokenizer(config.model), place.output / "cache", 0, 2)
+    plan = make_plan(config, build_model(config, meta=True), loader.summary(), world_size=2)
+    assert plan["accumulation_steps"] == 2 and plan["tokens_per_step"] == 8 * 24 and plan["tokens"] == 6 * 8 * 24
+    assert plan["flops"] == plan["flops_per_token"] * plan["tokens"]
+    assert [row["weight"] for row in plan["mixture"]] == [0.25, 0.75]
+    text = render(plan)
+    for part in ("6 steps", "192 tokens", "2, ZeRO 2, fp32", "2 accumulation step(s)", "25.0%", "cy.train.jsonl"):
+        assert part in text
+
+
+def test_plan_of_a_run_is_printed_and_kept(place, capsys):
+    run = train(place.config())
+    plan = json.loads((run / "plan.json").read_text())
+    assert plan["parameters"] == brute_force("moe-ct")
+    assert render(plan) in capsys.readouterr().out
