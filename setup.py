@@ -28,5 +28,5 @@ setup(
         "transformers>=5.17,<6",
     ],
     extras_require={"dev": ["packaging>=25", "pytest>=9,<10", "pytest-xdist>=3.8,<4", "ruff>=0.17,<0.18"]},
-    entry_points={"console_scripts": ["moect=moect.cli:main"]},
+    entry_points={"console_scripts": ["moect=moect.cli:process"]},
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from moect.cli import main
+from moect.cli import process
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    process(["train", *sys.argv[1:]])

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from moect.errors import MoectError
 
@@ -26,6 +27,21 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def process(argv: list[str] | None = None) -> NoReturn:
+    """`main` as a whole process, which ends with its exit code.
+
+    After a training, Python's own ending is left out: a communication thread that wants the interpreter then aborts the
+    process, now and then, and the launcher would see that in place of the exit code.
+    """
+    code = main(argv)
+    if "deepspeed" not in sys.modules:
+        sys.exit(code)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -165,4 +181,4 @@ def _tell(error: MoectError) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    process()

@@ -45,11 +45,12 @@ def start() -> tuple[int, int]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(verbose=False, timeout=TIMEOUT)
+    dist.barrier()  # a rank that failed at once would leave while others still connect to it
     return dist.get_rank(), dist.get_world_size()
 
 
 def stop(failed: bool = False) -> None:
-    """Leave the process group, at the end of the process; without it, correct runs can end with an error code.
+    """Leave the process group, at the end of the process.
 
     Args:
         failed: do not wait for the other ranks, which may never come.

@@ -37,7 +37,7 @@ from moect.train.schedule import learning_rate
 def train(config: RunConfig) -> Path:
     """Run, or resume, the training that a configuration describes. Every rank calls it.
 
-    The process group stays: a process that ends after this calls `moect.train.distributed.stop`.
+    The process group stays: a process that ends after this calls `moect.distributed.stop`.
 
     Returns:
         The run's folder.
