@@ -45,34 +45,32 @@ def process(argv: list[str] | None = None) -> NoReturn:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Train, or resume, a run."""
-    from moect.config import load_config
+    """Train, or resume, a run, or the stages of one after another."""
+    from moect.stages import load_stages, run_stages
 
-    config = load_config(arguments.config, arguments.overrides)
+    stages = load_stages(arguments.config, arguments.overrides)
     from moect import distributed
-    from moect.train.loop import train as run
 
     failed = True
     try:
-        run(config)
+        run_stages(stages)
         failed = False
     finally:
         distributed.stop(failed)
 
 
 def plan(arguments: argparse.Namespace) -> None:
-    """Print what a run would be, without training."""
-    from moect.config import load_config
+    """Print what a run, or each stage of one, would be and cost, without training."""
+    from moect.stages import load_stages
 
-    config = load_config(arguments.config, arguments.overrides)
-    from moect.data.loader import Loader
-    from moect.data.tokenizer import load_tokenizer
-    from moect.model.build import build_model
-    from moect.plan import make_plan, render
+    stages = load_stages(arguments.config, arguments.overrides)
+    from moect.plan import plan_stages, render
 
-    tokenizer = load_tokenizer(config.model)
-    loader = Loader(config, tokenizer, Path(config.output) / ".cache", 0, arguments.ranks)
-    print(render(make_plan(config, build_model(config, meta=True), loader.summary(), arguments.ranks)))
+    plans = plan_stages(stages, arguments.ranks, arguments.gpu, arguments.mfu)
+    for number, (config, made) in enumerate(zip(stages, plans, strict=True)):
+        if len(stages) > 1:
+            print(f"{chr(10) * bool(number)}stage {config.name}")
+        print(render(made))
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -128,6 +126,8 @@ def _parser() -> argparse.ArgumentParser:
             made.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # from the launcher
         else:
             made.add_argument("--ranks", type=_positive, default=1, help="ranks the run will have (default 1)")
+            made.add_argument("--gpu", metavar="NAME", help="the ranks' GPU, as 'RTX 4090' or H100: adds fit and time")
+            made.add_argument("--mfu", type=_share, default=0.35, help="share of its arithmetic used (default 0.35)")
 
     made = command(export)
     made.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run")
@@ -154,6 +154,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def _share(text: str) -> float:
+    number = float(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError("must be above 0 and at most 1")
     return number
 
 

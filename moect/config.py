@@ -30,6 +30,12 @@ class ModelConfig:
     base: str | None = option(None, "directory or hub name of the base, in Hugging Face format")
     from_config: dict | None = option(None, "HF config values (`model_type`, `hidden_size`, …) of a base to train anew")
     tokenizer: str | None = option(None, "directory or hub name of the tokenizer; null: the base's own")
+    train_tokenizer: int | None = option(
+        None, "train the tokenizer first, a byte-level BPE of at most so many tokens, on `data.train` into `tokenizer`"
+    )
+    start: str | None = option(
+        None, "folder of an earlier run on the same base: what trains begins as its last checkpoint has it"
+    )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = option(
         "sdpa", "attention kernel, as transformers names it"
     )
@@ -66,8 +72,12 @@ class SourceConfig:
     path: str = option(
         "", "JSON lines (.jsonl, .jsonl.gz) or plain text (.txt, .txt.gz, a document a line); may be a glob"
     )
+    dataset: str | None = option(None, "instead of `path`: hub name of a dataset, or a folder laid out like one")
+    subset: str | None = option(None, "of the dataset, its configuration; null: the only or default one")
+    split: str = option("train", "of the dataset")
+    revision: str | None = option(None, "of a hub dataset, a commit or tag; null: `main` as it is when first read")
     lang: str = option("", "language of every document")
-    text_field: str = option("text", "key of the text in a JSON line")
+    text_field: str = option("text", "key of the text in a JSON line, or column of the dataset")
     limit: int | None = option(None, "take the first so many documents")
     weight: float | None = option(None, "weight against other sources of the same role; null: its number of tokens")
 
@@ -78,9 +88,13 @@ class EvaluationConfig:
 
     __pydantic_config__ = STRICT
     path: str = option("", "as in `data.train`")
+    dataset: str | None = option(None, "as in `data.train`")
+    subset: str | None = option(None, "as in `data.train`")
+    split: str = option("train", "as in `data.train`")
+    revision: str | None = option(None, "as in `data.train`")
     lang: str = option("", "language of every document")
     domain: str = option("held-out", "name of the kind of text, for the tables")
-    text_field: str = option("text", "key of the text in a JSON line")
+    text_field: str = option("text", "key of the text in a JSON line, or column of the dataset")
     limit: int | None = option(None, "take the first so many documents")
     answer_field: str | None = option(
         None,
@@ -191,6 +205,20 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
     Raises:
         ConfigError: the file cannot be read, or something in it cannot be meant.
     """
+    values = read_values(path)
+    if "stages" in values:
+        raise ConfigError(f"{path}: holds several runs (`stages`), where one is wanted; give a file of one run")
+    for override in overrides:
+        override_value(values, override)
+    return config_from_dict(values, where=str(path))
+
+
+def read_values(path: str | Path) -> dict:
+    """The plain values of a YAML file.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds no mapping.
+    """
     path = Path(path)
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
@@ -206,9 +234,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
         values = {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds a {type(values).__name__}, not a mapping of keys to values")
-    for override in overrides:
-        _override(values, override)
-    return config_from_dict(values, where=str(path))
+    return values
 
 
 def config_from_dict(values: dict, where: str = "config") -> RunConfig:
@@ -267,7 +293,12 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _override(values: dict, override: str) -> None:
+def override_value(values: dict, override: str) -> None:
+    """Put `section.key=value`, the value in YAML, into plain values.
+
+    Raises:
+        ConfigError: it cannot be read, or leads through something that is no section.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r}: write section.key=value")
@@ -336,6 +367,13 @@ def _check(config: RunConfig) -> None:
             raise ValueError("`model.from_config` needs `model.tokenizer`")
         if "model_type" not in model.from_config:
             raise ValueError("`model.from_config` has no `model_type`")
+        if model.start:
+            raise ValueError("`model.start` goes on from a run on the same base: it needs `model.base`")
+    if model.train_tokenizer is not None and not (model.tokenizer and model.from_config):
+        raise ValueError(
+            "`model.train_tokenizer` needs `model.tokenizer`, the folder to write to, and `model.from_config`: "
+            "an existing base has its own"
+        )
     if not 0 <= config.seed < 2**31:
         raise ValueError(f"`seed` is {config.seed}: it must lie between 0 and {2**31 - 1}")
     for section in ("moe", "lora", "loss", "data", "train"):
@@ -395,8 +433,9 @@ def _check(config: RunConfig) -> None:
     for section in ("train", "evaluation"):
         for i, source in enumerate(getattr(data, section)):
             where = f"`data.{section}[{i}]`"
-            if not source.path or not source.lang:
-                raise ValueError(f"{where} needs `path` and `lang`")
+            _check_origin(source, where)
+            if not source.lang:
+                raise ValueError(f"{where} needs `lang`")
             if source.lang not in data.languages:
                 raise ValueError(f"{where}: language `{source.lang}` has no role; add it to `data.languages`")
             if source.limit is not None and source.limit < 1:
@@ -412,3 +451,15 @@ def _check(config: RunConfig) -> None:
         raise ValueError("`moe.language_gate` learns from both roles: `data.train` needs old and new languages")
     if config.method == "moe-ct" and config.moe.language_gate and data.replay == 0:
         raise ValueError("`moe.language_gate` learns from replayed text: set `data.replay` above 0")
+
+
+def _check_origin(source: SourceConfig | EvaluationConfig, where: str) -> None:
+    """Text comes from files or from a dataset."""
+    if source.path and source.dataset:
+        raise ValueError(f"{where} has both `path` and `dataset`: give one of them")
+    if not source.path and not source.dataset:
+        raise ValueError(f"{where} needs `path`, files, or `dataset`, a hub name")
+    plain = SourceConfig()
+    for name in ("subset", "split", "revision"):
+        if source.path and getattr(source, name) != getattr(plain, name):
+            raise ValueError(f"{where}: `{name}` is of a `dataset`, and this is a `path`; remove one of the two")

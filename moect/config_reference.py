@@ -32,6 +32,27 @@ Every key has a default; a file needs only what differs, and at least `model.bas
 another are errors, found before anything else is read. Each run keeps its configuration, with all defaults
 written out, as `config.yaml` in its folder; that file is a configuration too."""
 
+STAGES = """\
+## Several runs in one file
+
+With `stages`, a list of runs, one command trains one after another. What stands at the top of the file is shared; a
+stage's keys go over it, mapping by mapping, and a list replaces a list. Each stage is a run in the folder
+`output`/`name`/STAGE. `model.base: stage:NAME` builds on the export of an earlier stage, `model.start: stage:NAME` goes
+on training what that stage has trained:
+
+```yaml
+name: mine
+model: {base: Qwen/Qwen3-0.6B}
+stages:
+  - {name: learn, data: {replay: 0.05}, train: {steps: 20000}}
+  - {name: review, model: {start: stage:learn}, data: {replay: 0.5}, train: {steps: 1000, lr: 2.0e-5}}
+```
+
+On the command line `train.lr=1e-4` is for every stage and `stages.review.train.lr=1e-4` for one. With `resume: auto`
+finished stages are skipped and the first that is not finished goes on. Each stage's `report.md` is written when it
+ends. A review begins with the weights of the stage before it, and with no momentum; corpora that both read are read on
+where the first stopped; both are measured against the same base."""
+
 RESUME = """\
 ## What a resumed run may change
 
@@ -53,6 +74,7 @@ def reference() -> str:
     """The whole page as Markdown."""
     parts = [
         INTRODUCTION,
+        STAGES,
         *_sections(RunConfig, ""),
         RESUME,
         "\n".join(f"- `{key}`" + _exceptions(key) for key in FIXED),

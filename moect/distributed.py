@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -14,6 +16,7 @@ import torch.distributed as dist
 from moect.errors import MoectError, TrainingError
 
 TIMEOUT = timedelta(minutes=30)
+_works = itertools.count()  # pieces of work that the main rank did for all
 
 
 def start() -> tuple[int, int]:
@@ -94,9 +97,25 @@ def on_main(work: Callable[[], Any]) -> Any:
             where = error.filename or "the run's folder"
             told[1] = TrainingError(f"{where}: {error.strerror or error}; check space and permissions")
     if dist.is_initialized() and dist.get_world_size() > 1:
+        _wait_for_main()
         dist.broadcast_object_list(told, src=0)
     result, failure = told
     if failure is not None:
         failure.told_by_main_rank = not is_main()
         raise failure
     return result
+
+
+def _wait_for_main() -> None:
+    """Return when the main rank is here too, however long its work takes: a collective would give up after TIMEOUT.
+
+    The others look for a note in the store through which the ranks have found one another; it ends with the main rank.
+    """
+    store = dist.distributed_c10d._get_default_store()  # there is no public call for it
+    note = f"moect/{next(_works)}"
+    if is_main():
+        store.set(note, "done")
+    pause = 0.01
+    while not store.check([note]):
+        time.sleep(pause)
+        pause = min(1.0, 1.5 * pause)

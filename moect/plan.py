@@ -2,28 +2,56 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import os
+from pathlib import Path
+
 from torch import nn
 
 from moect.config import RunConfig, unused_keys
+from moect.data.loader import check_division, planned_sources
+from moect.data.tokenizer import load_tokenizer
+from moect.errors import DataError
 from moect.model.append import modules_of
-from moect.model.build import parameter_counts
+from moect.model.build import build_model, parameter_counts
 from moect.model.flops import training_flops_per_token
 from moect.model.losses import CHUNK_ELEMENTS
+from moect.stages import as_planned
+from moect.train.memory import memory_per_rank
+from moect.train.meters import Gpu, duration, find_gpu
+
+log = logging.getLogger("moect.plan")
+
+FULL = 0.93  # share of a GPU's memory to plan with: CUDA, NCCL and gaps between tensors take the rest
 
 
-def make_plan(config: RunConfig, model: nn.Module, mixture: list[dict], world_size: int) -> dict:
+def make_plan(
+    config: RunConfig,
+    model: nn.Module,
+    mixture: list[dict],
+    world_size: int,
+    gpu: str | None = None,
+    mfu: float = 0.35,
+) -> dict:
     """Derived numbers of a run.
 
     Args:
         config: the run.
         model: as `build_model` makes it; the meta device is enough.
-        mixture: `Loader.summary()`.
+        mixture: `Loader.summary()`, or `planned_sources`, where what is not known yet is None.
         world_size: ranks it will run on.
+        gpu: name of the GPU that each rank will have; adds whether the run fits it, and its time.
+        mfu: share of the GPU's arithmetic that the time assumes.
+
+    Raises:
+        ConfigError: a GPU that is not in the table.
     """
     train, data = config.train, config.data
     tokens_per_step = train.batch_size * data.sequence_length
-    flops = training_flops_per_token(model, data.sequence_length, train.activation_checkpointing)
-    return {
+    chunks = train.micro_batch * data.sequence_length * model.config.vocab_size > CHUNK_ELEMENTS
+    flops = training_flops_per_token(model, data.sequence_length, train.activation_checkpointing, chunks)
+    plan = {
         "method": config.method,
         "unused_keys": unused_keys(config),
         "base": config.model.base or "from scratch",
@@ -41,35 +69,78 @@ def make_plan(config: RunConfig, model: nn.Module, mixture: list[dict], world_si
         "memory_per_rank": memory_per_rank(config, model, world_size),
         "mixture": mixture,
     }
+    if gpu:
+        plan |= _on_gpu(plan, config, *find_gpu(gpu), mfu)
+    return plan
 
 
-def memory_per_rank(config: RunConfig, model: nn.Module, world_size: int) -> dict[str, int]:
-    """Bytes one rank needs, by purpose. `activations` is an estimate; the others leave out padding and
-    DeepSpeed's buffers. ZeRO-3 reaches its figure for weights after loading: each rank reads the whole base first.
+def plan_stages(stages: list[RunConfig], ranks: int, gpu: str | None = None, mfu: float = 0.35) -> list[dict]:
+    """The plan of each run of a file, without reading weights or fetching text.
 
-    ZeRO divides among the ranks: the optimizer's state from stage 1, gradients from 2, weights from 3.
+    Args:
+        stages: as `load_stages` gives them.
+        ranks, gpu, mfu: as `make_plan` takes them.
+
+    Raises:
+        MoectError: whatever can be known to be wrong with the configuration, the base's shape or the texts.
     """
-    train = config.train
-    counts = parameter_counts(model)
-    element = 2 if train.precision == "bf16" else 4
-    divide = lambda number, stage: number // world_size if train.zero_stage >= stage else number  # noqa: E731
-    # AdamW's two moments in fp32, and a master copy: always for bf16, and because ZeRO keeps one in fp32 too
-    has_master = train.precision == "bf16" or train.zero_stage > 0
-    optimizer_bytes = counts["trainable"] * (12 if has_master else 8)
-    shape = model.config
-    tokens = train.micro_batch * config.data.sequence_length
-    widths = 12 * shape.hidden_size + 4 * shape.intermediate_size
-    for moe in modules_of(model)[:1]:
-        widths += moe.config.top_k * (2 * shape.hidden_size + 3 * moe.experts.down_proj.shape[-1])
-    blocks = shape.num_hidden_layers
-    kept = shape.hidden_size * blocks + widths if train.activation_checkpointing else widths * blocks
-    logits = min(tokens * shape.vocab_size, CHUNK_ELEMENTS) * 8
+    if gpu:
+        find_gpu(gpu)
+    plans = []
+    tokenizers = {}
+    for config in stages:
+        check_division(config.train.batch_size, config.train.micro_batch, ranks)
+        planned = as_planned(config, stages)
+        model = build_model(planned, meta=True)
+        name = planned.model.tokenizer or planned.model.base
+        if name not in tokenizers:
+            tokenizers[name] = _tokenizer(planned)
+        mixture = planned_sources(planned, tokenizers[name], Path(config.output) / ".cache")
+        plan = make_plan(planned, model, mixture, ranks, gpu, mfu)
+        if planned is not config:
+            plan["base"] = f"{config.model.base} (to come)"
+        plans.append(plan)
+    return plans
+
+
+def _tokenizer(config: RunConfig):
+    """The run's tokenizer, or None where the base comes without or it is still to be made."""
+    model = config.model
+    try:
+        return load_tokenizer(model)
+    except DataError as error:
+        if model.tokenizer and os.path.exists(os.path.expanduser(model.tokenizer)):
+            raise
+        log.info("documents and tokens are not counted: %s", error)
+        return None
+
+
+def _on_gpu(plan: dict, config: RunConfig, name: str, gpu: Gpu, mfu: float) -> dict:
+    needed = sum(plan["memory_per_rank"].values()) / 2**30
     return {
-        "weights": divide(counts["total"] * element, 3),
-        "gradients": divide(counts["trainable"] * 4, 2),
-        "optimizer": divide(optimizer_bytes, 1),
-        "activations": tokens * kept * element + logits,
+        "gpu": name,
+        "gpu_memory_gib": gpu.memory,
+        "fits": needed <= FULL * gpu.memory,
+        "remedy": _remedy(config, plan["ranks"]),
+        "mfu": mfu,
+        "seconds": plan["flops"] / (gpu.flops * mfu * plan["ranks"]),
     }
+
+
+def _remedy(config: RunConfig, ranks: int) -> str:
+    """What to change first when memory does not suffice."""
+    train = config.train
+    if not train.activation_checkpointing:
+        return "set train.activation_checkpointing=true"
+    if train.zero_stage < 2:
+        return "set train.zero_stage=2"
+    if train.micro_batch > 1:
+        return f"set train.micro_batch={train.micro_batch // 2 if train.micro_batch % 2 == 0 else 1}"
+    if train.zero_stage < 3 and ranks > 1:
+        return "set train.zero_stage=3"
+    if config.method == "moe-ct":
+        return "lower moe.width or moe.experts, or take more GPUs"
+    return "take more GPUs, or method=lora"
 
 
 def render(plan: dict) -> str:
@@ -91,19 +162,45 @@ def render(plan: dict) -> str:
             f"{plan['tokens_per_step']:,} tokens, {plan['accumulation_steps']} accumulation step(s) a rank",
         ),
         ("run", f"{plan['steps']:,} steps, {_si(plan['tokens'])} tokens, {_si(plan['flops'])}FLOP"),
-        ("memory a rank", ", ".join(f"{name} {_bytes(size)}" for name, size in memory.items())),
-        ("", f"{_bytes(sum(memory.values()))} in all, activations being an estimate"),
+        ("memory a rank", ", ".join(f"{name} {_gib(size)}" for name, size in memory.items())),
+        ("", _total(plan)),
     ]
+    if "gpu" in plan:
+        rows.append(("time", _time(plan)))
     if plan["unused_keys"]:
         rows.append(("not used", f"{', '.join(plan['unused_keys'])} (they say nothing for this configuration)"))
     lines = [f"{name:<14} {text}".rstrip() for name, text in rows]
     lines += ["", f"{'language':<10}{'role':<6}{'documents':>11}{'tokens':>10}{'share':>8}{'epochs':>8}  source"]
     for row in plan["mixture"]:
+        documents, tokens, weight, epochs = (row[key] for key in ("documents", "tokens", "weight", "epochs"))
         lines.append(
-            f"{row['lang']:<10}{row['role']:<6}{row['documents']:>11,}{_si(row['tokens']):>10}"
-            f"{100 * row['weight']:>7.1f}%{row['epochs']:>8.2f}  {row['source']}"
+            f"{row['lang']:<10}{row['role']:<6}{_known(documents, '{:,}'):>11}{_known(tokens and _si(tokens)):>10}"
+            f"{_known(weight, '{:.1%}'):>8}{_known(epochs, '{:.2f}'):>8}  {row['source']}"
         )
+    unread = sum(row["tokens"] is None for row in plan["mixture"])
+    if unread:
+        lines.append(f"?: {unread} of {len(plan['mixture'])} corpora are not tokenized yet; training does it first")
     return "\n".join(lines)
+
+
+def _total(plan: dict) -> str:
+    total = sum(plan["memory_per_rank"].values())
+    if "gpu" not in plan:
+        return f"{_gib(total)} in all, buffers and activations being estimates"
+    verdict = "fits" if plan["fits"] else f"does not fit; {plan['remedy']}"
+    return f"{total / 2**30:.1f} of {plan['gpu_memory_gib']:g} GiB on {plan['gpu']}: {verdict}"
+
+
+def _time(plan: dict) -> str:
+    hours = plan["seconds"] * plan["ranks"] / 3600
+    return (
+        f"{duration(plan['seconds'])} on {plan['ranks']} x {plan['gpu']} at an assumed {100 * plan['mfu']:g}% MFU "
+        f"({hours:,.{0 if hours >= 10 else 1}f} GPU hours)"
+    )
+
+
+def _known(value, form: str = "{}") -> str:
+    return "?" if value is None else form.format(value)
 
 
 def _ranges(indices: list[int]) -> str:
@@ -119,8 +216,7 @@ def _si(number: float) -> str:
     return f"{number:g}"
 
 
-def _bytes(number: float) -> str:
-    for size, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if number >= size:
-            return f"{number / size:.1f} {unit}"
-    return f"{number:g} B"
+def _gib(number: float) -> str:
+    """Bytes in GiB, with two digits at least."""
+    gib = number / 2**30
+    return f"{gib:.1f} GiB" if gib >= 0.95 or not number else f"{gib:.{1 - math.floor(math.log10(gib))}f} GiB"

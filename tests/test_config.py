@@ -13,6 +13,17 @@ def config(**sections):
     return config_from_dict({"model": BASE, "data": DATA, **sections})
 
 
+def corpus(section="train", **source):
+    return {"data": {**DATA, section: [{"lang": "en", **source}]}}
+
+
+def test_a_dataset_takes_the_place_of_files_and_survives_the_way_through_yaml(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(config_to_yaml(config(**corpus(dataset="x/y", subset="a", revision="v1"))))
+    (source,) = load_config(path).data.train
+    assert (source.dataset, source.subset, source.split, source.revision) == ("x/y", "a", "train", "v1")
+
+
 def test_a_configuration_survives_the_way_through_yaml(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(config_to_yaml(config(moe={"layers": [0, 2], "experts": 8}, train={"lr": "1e-4"})))
@@ -45,6 +56,15 @@ def test_a_language_that_yaml_takes_for_a_truth_value_is_explained():
         ({"model": {**BASE, "attention": "flash_attention_2"}}, "keeps packed documents apart only in single rows"),
         ({"moe": {"fusion": "add", "language_gate": True}, "loss": {"gate": 0}}, "would never learn which language"),
         ({"train": {"lr": 0.1, "stesp": 3}}, "did you mean `steps`"),
+        (corpus(), r"`data.train\[0\]` needs `path`, files, or `dataset`, a hub name"),
+        (corpus(path="en", dataset="x/y"), r"`data.train\[0\]` has both `path` and `dataset`: give one"),
+        (corpus(path="en", subset="a"), r"`data.train\[0\]`: `subset` is of a `dataset`, and this is a `path`"),
+        (corpus(path="en", split="test"), r"`data.train\[0\]`: `split` is of a `dataset`"),
+        (corpus(path="en", revision="v1"), r"`data.train\[0\]`: `revision` is of a `dataset`"),
+        (corpus(dataset="x/y", lang=""), r"`data.train\[0\]` needs `lang`"),
+        (corpus("evaluation", dataset="x/y", path="en"), r"`data.evaluation\[0\]` has both"),
+        (corpus("evaluation", path="en", subset="a"), r"`data.evaluation\[0\]`: `subset` is of a `dataset`"),
+        (corpus(dataset="x/y", limit=0), r"`data.train\[0\]`: `limit` is 0"),
     ],
     ids=str,
 )

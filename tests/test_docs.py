@@ -19,6 +19,7 @@ from pydantic import TypeAdapter
 from moect.cli import _parser
 from moect.config import RunConfig, config_to_yaml, load_config
 from moect.config_reference import COMMAND, PAGE, keys, reference
+from moect.stages import load_stages
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -26,7 +27,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 KEYS = keys()
 SECTIONS = "|".join(field.name for field in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(KEYS[field.name]))
 FILE_KINDS = ("safetensors", "json", "jsonl", "yaml", "py", "md")
-COMMANDS = ("moect ", "deepspeed launch/", "python launch/", "bash launch/", "python -m moect")
+COMMANDS = ("moect ", "deepspeed ", "python launch/", "bash launch/", "python -m moect", "sbatch ", "kubectl ")
 
 
 def names(paths: list[Path]) -> list[str]:
@@ -65,12 +66,16 @@ def commands(text: str) -> list[list[str]]:
 def check_command(words: list[str]) -> None:
     """Fail on a command that would not be understood."""
     if words[0] != "moect":
-        for script in (word for word in words if word.startswith("launch/")):
+        for script in (word for word in words if re.match(r"(launch|configs)/\w", word)):
             assert (ROOT / script).is_file(), f"there is no {script}"
         if "-m" in words:
             assert importlib.util.find_spec(words[words.index("-m") + 1]), f"there is no module for {words}"
     if "launch/train.py" in words:
+        if words[0] == "deepspeed":
+            check_launcher(words[1 : words.index("launch/train.py")])
         words = ["moect", "train", *words[words.index("launch/train.py") + 1 :]]
+    elif "launch/slurm.sbatch" in words:
+        words = ["moect", "train", "--config", *words[words.index("launch/slurm.sbatch") + 1 :]]
     if words[0] != "moect":
         return
     subcommands = next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
@@ -84,11 +89,22 @@ def check_command(words: list[str]) -> None:
     for override in getattr(arguments, "overrides", []):
         check_setting(*override.split("=", 1))
     if (config := getattr(arguments, "config", None)) and config.parts[0] == "configs":
-        load_config(ROOT / config, arguments.overrides)
+        load_stages(ROOT / config, arguments.overrides)
+
+
+def check_launcher(options: list[str]) -> None:
+    """Fail on options that DeepSpeed's launcher does not have."""
+    from deepspeed.launcher.runner import parse_args
+
+    try:
+        parse_args([*options, "script.py"])
+    except SystemExit:
+        pytest.fail(f"deepspeed does not understand: {' '.join(options)}")
 
 
 def check_setting(key: str, value: str | None) -> None:
     """Fail on a key that does not exist, or a value that it cannot have."""
+    key = re.sub(r"^stages\.[\w-]+\.", "", key)  # of one stage
     assert key.removesuffix("[]") in KEYS, f"no key {key!r}"
     if value is not None and value != "…":
         TypeAdapter(KEYS[key]).validate_python(yaml.safe_load(value))
@@ -144,7 +160,7 @@ def test_types_and_defaults_are_written_as_yaml():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=names(CONFIGS))
 def test_every_shipped_configuration_is_valid(path):
-    assert load_config(path).data.train
+    assert all(config.data.train for config in load_stages(path))
 
 
 def test_every_preset_of_the_quick_start_is_there():
@@ -199,6 +215,9 @@ def test_the_pages_give_these_checks_something_to_check():
     [
         ("    moect trian --config configs/extend.yaml", "no command 'trian'"),
         ("    moect export runs/x --dtpye bf16", "not understood"),
+        ("    deepspeed --hostfiel hosts launch/train.py --config my.yaml", "deepspeed does not understand"),
+        ("    sbatch --nodes=4 launch/slurm.sbatch configs/none.yaml", "no configs/none.yaml"),
+        ("    sbatch launch/slurm.sbatch configs/extend.yaml train.rl=1", "no key 'train.rl'"),
         ("    $ deepspeed launch/train.py --config configs/extend.yaml train.rl=1", "no key 'train.rl'"),
         ("```bash\nbash launch/quickstrat.sh  # go\n```", "no launch/quickstrat.sh"),
         ("see `python -m moect.nothing`", "no module"),

@@ -10,10 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moect.data.loader import Loader
 from moect.data.tokenizer import load_tokenizer
+from moect.model import losses
 from moect.model.build import build_model, parameter_counts
 from moect.model.flops import training_flops_per_token
 from moect.plan import make_plan, memory_per_rank, render
 from moect.train.loop import train
+from moect.train.meters import GPUS
+from moect.train.objective import Objective, StepCounts
 
 D, F, V, L, E, K = 32, 64, VOCABULARY, 3, 4, 2  # width, FFN width, vocabulary, blocks, experts, experts per token
 
@@ -86,9 +89,40 @@ def test_memory_follows_the_formula_of_the_stage(place, precision, stage, ranks)
     states = 2 if (precision, stage) == ("fp32", 0) else 3  # moments, and a master copy where the weights are not it
     share = {purpose: ranks if stage >= least else 1 for purpose, least in (("o", 1), ("g", 2), ("w", 3))}
     assert memory["weights"] == count["total"] * element // share["w"]
-    assert memory["gradients"] == count["trainable"] * 4 // share["g"]
+    low_precision = 2 * count["trainable"] if precision == "bf16" and stage < 2 else 0
+    assert memory["gradients"] == count["trainable"] * 4 // share["g"] + low_precision
     assert memory["optimizer"] == count["trainable"] * 4 * states // share["o"]
     assert memory["activations"] > 0
+
+
+def objective_flops(place, chunk_elements: int, monkeypatch, **sections) -> tuple[float, int]:
+    """Operations a token of a training's forward and backward: as torch counts them, and by the formula."""
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk_elements)
+    config = place.config(moe={"fusion": "add", "layers": [1, 2], "experts": E, "top_k": K}, **sections)
+    config.model.attention = "eager"
+    model = build_model(config).train()
+    recompute = config.train.activation_checkpointing
+    if recompute:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    S = 64
+    ids = torch.randint(3, V, (1, S), generator=torch.Generator().manual_seed(0))
+    positions, role = torch.arange(S)[None], torch.ones(1, S, dtype=torch.int8)
+    with FlopCounterMode(display=False) as counter:
+        Objective(model, config)(ids, ids, positions, role, StepCounts(S, S, 0, S), 1.0).backward()
+    counts = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
+    squares = counts.pop("aten.bmm")
+    counted = (sum(counts.values()) + squares / 2) / S
+    return counted, training_flops_per_token(model, S, recompute, chunk_elements < S * V)
+
+
+@pytest.mark.parametrize("chunk_elements", [2**26, 16 * V])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_recomputed_flops_are_those_that_torch_counts(place, monkeypatch, recompute, chunk_elements):
+    """With a block below the modules, which backward passes too; the LM head is recomputed where logits come in chunks."""
+    counted, planned = objective_flops(
+        place, chunk_elements, monkeypatch, train={"activation_checkpointing": recompute}
+    )
+    assert 0.99 * counted < planned < 1.08 * counted
 
 
 def test_activations_shrink_when_they_are_recomputed(place):
@@ -109,6 +143,26 @@ def test_derived_numbers_of_a_step_and_of_the_run(place):
     text = render(plan)
     for part in ("6 steps", "192 tokens", "2, ZeRO 2, fp32", "2 accumulation step(s)", "25.0%", "cy.train.jsonl"):
         assert part in text
+
+
+def test_planned_time_is_operations_by_the_assumed_rate(place):
+    config = place.config()
+    plan = make_plan(config, build_model(config, meta=True), [], world_size=4, gpu="L4", mfu=0.5)
+    assert plan["seconds"] == pytest.approx(plan["flops"] / (4 * 0.5 * 121e12))
+    assert plan["fits"] and plan["gpu_memory_gib"] == GPUS["L4"].memory
+
+
+def test_what_is_not_known_of_a_corpus_is_a_question_mark(place):
+    config = place.config()
+    known = dict.fromkeys(("documents", "tokens", "bytes", "weight", "rows_per_epoch", "epochs"))
+    mixture = [
+        {**known, "source": "a/b", "lang": "en", "role": "old", "weight": 0.25},
+        {**known, "source": "c", "lang": "cy", "role": "new", "documents": 1200, "tokens": 34_000, "weight": 0.75},
+    ]
+    text = render(make_plan(config, build_model(config, meta=True), mixture, world_size=1)).splitlines()
+    assert text[-3].split() == ["en", "old", "?", "?", "25.0%", "?", "a/b"]
+    assert text[-2].split() == ["cy", "new", "1,200", "34.00", "k", "75.0%", "?", "c"]
+    assert text[-1].startswith("?: 1 of 2 corpora")
 
 
 def test_plan_of_a_run_is_printed_and_kept(place, capsys):

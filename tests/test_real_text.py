@@ -11,12 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import moect  # noqa: F401  (registers the exported class)
-from moect.config import load_config
-from moect.data.tokenizer import train_tokenizer
 from moect.export.merged import export_run
 from moect.model.build import load_base
 from moect.monitor.rows import read_rows
-from moect.train.loop import train
+from moect.stages import load_stages, run_stages
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = Path(os.environ.get("MOECT_DATA", ROOT.parent / "shared" / "data"))
@@ -27,58 +25,37 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def lines(lang, count):
-    with gzip.open(TEXT / "corpus" / "web" / f"{lang}.train.jsonl.gz", "rt", encoding="utf-8") as file:
-        return [json.loads(line)["text"] for line in itertools.islice(file, count)]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A base on all seven languages, and the same extended on real text; both as the shipped configs say, but small."""
+    """A base on all seven languages, and the same extended on real text: the shipped configuration, but small."""
     folder = tmp_path_factory.mktemp("real")
-    train_tokenizer(itertools.chain(*(lines(lang, 40) for lang in LANGUAGES)), 1024, folder / "tokenizer")
+    shape = {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
     small = [
         f"output={folder}",
         f"data.root={TEXT}",
         "data.sequence_length=128",
         "train.batch_size=16",
         "train.micro_batch=16",
+        "train.precision=fp32",
         "train.warmup=2",
         "train.log_every=10",
+        f"stages.base.model.tokenizer={folder}/tokenizer",
+        "stages.base.model.train_tokenizer=1024",
+        *(f"stages.base.model.from_config.{key}={value}" for key, value in shape.items()),
+        "stages.base.train.steps=40",
+        "stages.base.train.save_every=40",
+        "stages.extend.moe.language_gate=false",  # so few steps do not train a gate
+        "stages.extend.moe.width=null",
+        "stages.extend.train.lr=0.01",
+        "stages.extend.train.steps=80",
+        "stages.extend.train.save_every=40",
     ]
-    base = load_config(
-        ROOT / "configs" / "real-small-base.yaml",
-        [
-            *small,
-            "name=base",
-            f"model.tokenizer={folder}/tokenizer",
-            "model.from_config.vocab_size=1024",
-            "model.from_config.hidden_size=64",
-            "model.from_config.intermediate_size=128",
-            "model.from_config.num_hidden_layers=3",
-            "train.steps=40",
-            "train.save_every=40",
-        ],
-    )
-    extended = load_config(
-        ROOT / "configs" / "real-small.yaml",
-        [
-            *small,
-            "name=extended",
-            f"model.base={folder}/base/export",
-            "moe.language_gate=false",  # so few steps do not train a gate
-            "train.lr=0.01",
-            "train.steps=80",
-            "train.save_every=40",
-        ],
-    )
-    for config in (base, extended):
+    stages = load_stages(ROOT / "configs" / "real-small.yaml", small)
+    for config in stages:
         for source in config.data.train + config.data.evaluation:
-            source.limit = 200 if source in config.data.train else 8
-    train(base)
-    export_run(base.folder)
-    train(extended)
-    return base, extended
+            source.limit = min(source.limit or 200, 200 if source in config.data.train else 8)
+    run_stages(stages)
+    return stages
 
 
 def test_new_languages_are_learned_on_real_text(runs):
@@ -97,7 +74,7 @@ def test_the_scored_bytes_are_those_of_the_text(runs):
 
 
 def test_the_export_of_a_real_run_is_its_base_with_the_module_off(runs):
-    base, extended = runs
+    _, extended = runs
     path = export_run(extended.folder)
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     original = load_base(extended.model, torch.float32)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+import logging
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from moect.config import DataConfig, Role
-from moect.data.sources import read_documents
+from moect.config import DataConfig, EvaluationConfig, Role
+from moect.data.hub import identity
+from moect.data.sources import read_documents, source_key
+from moect.errors import DataError
+
+log = logging.getLogger("moect.data")
 
 
 @dataclass
@@ -36,21 +45,61 @@ class EvaluationText:
     documents: list[EvaluationDocument]
 
 
-def load_evaluation(config: DataConfig) -> list[EvaluationText]:
+def load_evaluation(config: DataConfig, cache_folder: Path | None = None) -> list[EvaluationText]:
     """Read all held-out texts.
+
+    Args:
+        config: reads `evaluation` and what concerns it.
+        cache_folder: where documents of datasets are kept, so that the hub is asked once; None: it is asked each time.
 
     Raises:
         DataError: see `read_documents`; a missing or empty answer makes a document unusable too.
     """
+    trained_on = {source_key(source) for source in config.train if source.dataset}
+    for key in trained_on & {source_key(source) for source in config.evaluation}:
+        log.warning("%s: is in `data.train` too, so it is not held out; give another `split`", key)
     return [
         EvaluationText(
             lang=source.lang,
             role=config.languages[source.lang],
             domain=source.domain,
-            documents=[
-                EvaluationDocument(d.text, d.fields[source.answer_field] if source.answer_field else None)
-                for d in read_documents(source, config.root, config.max_bad_fraction)
-            ],
+            documents=(
+                _kept_documents(source, config, Path(cache_folder))
+                if source.dataset and cache_folder is not None
+                else _documents(source, config, cache_folder)
+            ),
         )
         for source in config.evaluation
     ]
+
+
+def _documents(source: EvaluationConfig, config: DataConfig, cache_folder: Path | None) -> list[EvaluationDocument]:
+    return [
+        EvaluationDocument(d.text, d.fields[source.answer_field] if source.answer_field else None)
+        for d in read_documents(source, config.root, config.max_bad_fraction, cache_folder)
+    ]
+
+
+def _kept_documents(source: EvaluationConfig, config: DataConfig, cache_folder: Path) -> list[EvaluationDocument]:
+    """The documents of a dataset, from the cache if they are there, else read and written to it, one JSON object a
+    line."""
+    options = [source.text_field, source.answer_field, source.limit, config.max_bad_fraction]
+    made_of = [*identity(source, config.root, cache_folder), *options]
+    file = cache_folder / "evaluation" / f"{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()}.jsonl"
+    if file.exists():
+        try:
+            lines = file.read_text(encoding="utf-8").split("\n")[:-1]
+            return [EvaluationDocument(**json.loads(line)) for line in lines]
+        except (OSError, ValueError, TypeError) as error:
+            log.warning("%s: damaged (%s); reading %s again", file, error, source_key(source))
+    documents = _documents(source, config, cache_folder)
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text("".join(json.dumps(asdict(d)) + "\n" for d in documents), encoding="utf-8")
+        temporary.replace(file)
+    except OSError as error:
+        raise DataError(
+            f"{file}: the cache cannot be written ({error.strerror or error}); free or choose another place"
+        ) from error
+    return documents

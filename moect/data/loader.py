@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moect.config import RunConfig, SourceConfig
+from moect.config import DataConfig, RunConfig, SourceConfig
 from moect.data.mixture import Mixture, source_weights
 from moect.data.packing import PackedCorpus, Row
-from moect.data.store import build_store
+from moect.data.sources import source_key
+from moect.data.store import TokenStore, build_store, find_store
 from moect.errors import CheckpointError, ConfigError, DataError
 
 log = logging.getLogger("moect.data")
@@ -81,7 +82,7 @@ class Loader:
         self.sources = config.data.train
         self.keys = _keys(self.sources)
         self.roles = [config.data.languages[source.lang] for source in self.sources]
-        _check_division(config.train.batch_size, config.train.micro_batch, world_size)
+        check_division(config.train.batch_size, config.train.micro_batch, world_size)
 
         self.stores = [build_store(source, config.data, tokenizer, cache_folder) for source in self.sources]
         for key, store in zip(self.keys, self.stores, strict=True):
@@ -95,15 +96,11 @@ class Loader:
             PackedCorpus(store, config.data.sequence_length, (config.seed << 32) + zlib.crc32(key.encode("utf-8")))
             for key, store in zip(self.keys, self.stores, strict=True)
         ]
+        self.skipped = [0] * len(self.sources)  # rows of each source that an earlier run has taken
         self.weights = self._weights()
         self.mixture = Mixture(self.weights)
 
-        rows = sum(c.rows_per_epoch for c, w in zip(self.corpora, self.weights, strict=True) if w > 0)
-        if config.train.batch_size > rows:
-            raise DataError(
-                f"`train.batch_size` is {config.train.batch_size} rows, but an epoch of `data.train` has {rows} rows "
-                f"of {config.data.sequence_length} tokens; lower it or `data.sequence_length`, or give more text"
-            )
+        _check_batch(config, self.summary())
 
     @property
     def rows(self) -> int:
@@ -119,19 +116,20 @@ class Loader:
         chosen = []  # (source, row of the source) for each row of the step
         for _ in range(self.config.train.batch_size):
             source = self.mixture.next()
-            chosen.append((source, self.mixture.drawn[source] - 1))
+            chosen.append((source, self.skipped[source] + self.mixture.drawn[source] - 1))
         starts = range(self.rank * B, len(chosen), self.world_size * B)
         return [self._micro_batch(chosen[start : start + B]) for start in starts]
 
     def state_dict(self) -> dict:
         """The position, as plain values; the same on all ranks.
 
-        `rows` drawn in all, rows `drawn` from each source, and what gives these numbers their meaning: the `corpora`'s
-        fingerprints, `seed` and `sequence_length`.
+        `rows` drawn in all, rows `drawn` from each source after those `skipped`, and what gives these numbers their
+        meaning: the `corpora`'s fingerprints, `seed` and `sequence_length`.
         """
         return {
             "rows": self.rows,
             "drawn": dict(zip(self.keys, self.mixture.drawn, strict=True)),
+            "skipped": dict(zip(self.keys, self.skipped, strict=True)),
             "corpora": dict(zip(self.keys, (store.fingerprint for store in self.stores), strict=True)),
             "seed": self.config.seed,
             "sequence_length": self.config.data.sequence_length,
@@ -159,42 +157,32 @@ class Loader:
                     problem = f"`{key}` was {state[name]} and is {mine[name]}"
         if problem:
             raise CheckpointError(f"the checkpoint is of other data: {problem}; restore that, or start a new run")
-        drawn = [state["drawn"][key] for key in self.keys]
-        if not all(isinstance(n, int) and n >= 0 for n in drawn) or sum(drawn) != state["rows"]:
+        drawn, skipped = ([state[name].get(key) for key in self.keys] for name in ("drawn", "skipped"))
+        if not all(isinstance(n, int) and n >= 0 for n in drawn + skipped) or sum(drawn) != state["rows"]:
             raise CheckpointError("the checkpoint's data position is damaged; resume from another checkpoint")
+        self.skipped = skipped
         self.mixture = Mixture(self.weights, drawn)
+
+    def go_on_after(self, state: dict) -> None:
+        """Begin each corpus where another run's position, `state`, stands in it, so that no document comes twice in an
+        epoch. A corpus that the other run did not have, or cut otherwise, begins at its start."""
+        same = all(state.get(name) == self.state_dict()[name] for name in ("seed", "sequence_length"))
+        for i, key in enumerate(self.keys):
+            if same and state["corpora"].get(key) == self.stores[i].fingerprint:
+                self.skipped[i] = state["skipped"][key] + state["drawn"][key]
+        log.info(
+            "%d of %d corpora are read on from where the run before stopped",
+            sum(map(bool, self.skipped)),
+            len(self.keys),
+        )
 
     def summary(self) -> list[dict]:
         """One record a source: source, lang, role, documents, tokens, bytes, weight (its share of the rows),
         rows_per_epoch, and epochs that `train.steps` will take it through."""
-        rows = self.config.train.steps * self.config.train.batch_size
-        return [
-            {
-                "source": self.keys[i],
-                "lang": self.sources[i].lang,
-                "role": self.roles[i],
-                "documents": store.n_documents,
-                "tokens": store.n_tokens,
-                "bytes": store.n_bytes,
-                "weight": float(self.weights[i]),
-                "rows_per_epoch": self.corpora[i].rows_per_epoch,
-                "epochs": float(self.weights[i]) * rows / self.corpora[i].rows_per_epoch,
-            }
-            for i, store in enumerate(self.stores)
-        ]
+        return _summary(self.config, self.stores, self.weights.tolist())
 
     def _weights(self) -> np.ndarray:
-        data = self.config.data
-        explicit = [source.weight for source in self.sources]
-        groups = self.roles if data.replay is not None else ["any"] * len(self.roles)
-        for group in sorted(set(groups)):
-            if len({w is None for w, g in zip(explicit, groups, strict=True) if g == group}) == 2:
-                log.warning(
-                    "data.train: some sources of %s role have a `weight` and some do not; theirs is their tokens", group
-                )
-        weights = source_weights(
-            [store.n_tokens for store in self.stores], self.roles, explicit, data.replay, data.temperature
-        )
+        weights = np.array(_shares(self.config.data, [store.n_tokens for store in self.stores]))
         for key, weight in zip(self.keys, weights, strict=True):
             if weight == 0:
                 log.warning("%s: has weight 0 and is never read", key)
@@ -211,17 +199,97 @@ class Loader:
         )
 
 
+def planned_sources(config: RunConfig, tokenizer, cache_folder: Path) -> list[dict]:
+    """The records of `Loader.summary` as far as they can be known without the network.
+
+    Files are tokenized if need be, as for training; a dataset counts where its tokens are in the cache already. What
+    is not known is None: documents, tokens, bytes, rows_per_epoch and epochs of a source that is not tokenized, and the
+    weight of every source that shares its rows (among all, or with `data.replay` among those of its role) with such
+    a one, unless all of these have a `weight`.
+
+    Args:
+        config: reads `data`, `train.steps` and `train.batch_size`.
+        tokenizer: a fast Hugging Face tokenizer; None where there is none yet, and then no source is opened.
+        cache_folder: where token stores are kept.
+
+    Raises:
+        ConfigError, DataError: as `Loader`, as far as it can be known; not for what depends on the ranks and the model.
+    """
+    data = config.data
+    stores = [None] * len(data.train)
+    if tokenizer is not None:
+        stores = [
+            (build_store if source.path else find_store)(source, data, tokenizer, cache_folder) for source in data.train
+        ]
+    records = _summary(config, stores, _shares(data, [store and store.n_tokens for store in stores]))
+    if all(stores):
+        _check_batch(config, records)
+    return records
+
+
+def _summary(config: RunConfig, stores: list[TokenStore | None], weights: list[float | None]) -> list[dict]:
+    """See `Loader.summary`; None for a store or a weight that is not known."""
+    rows = config.train.steps * config.train.batch_size
+    records = []
+    for source, key, store, weight in zip(config.data.train, _keys(config.data.train), stores, weights, strict=True):
+        rows_per_epoch = store and PackedCorpus(store, config.data.sequence_length, config.seed).rows_per_epoch
+        records.append(
+            {
+                "source": key,
+                "lang": source.lang,
+                "role": config.data.languages[source.lang],
+                "documents": store and store.n_documents,
+                "tokens": store and store.n_tokens,
+                "bytes": store and store.n_bytes,
+                "weight": weight,
+                "rows_per_epoch": rows_per_epoch,
+                "epochs": None if store is None or weight is None else weight * rows / rows_per_epoch,
+            }
+        )
+    return records
+
+
+def _shares(data: DataConfig, tokens: list[int | None]) -> list[float | None]:
+    """The share of rows of each source, from the tokens that it has; None for both where it is not known."""
+    roles = [data.languages[source.lang] for source in data.train]
+    explicit = [source.weight for source in data.train]
+    groups = roles if data.replay is not None else ["any"] * len(roles)
+    known = {}
+    for group in sorted(set(groups)):
+        members = [i for i, g in enumerate(groups) if g == group]
+        without = [i for i in members if explicit[i] is None]
+        if without and len(without) < len(members):
+            log.warning(
+                "data.train: some sources of %s role have a `weight` and some do not; theirs is their tokens", group
+            )
+        known[group] = not without or len(members) == 1 or all(tokens[i] is not None for i in members)
+    # where a size is not known any will do: it decides nothing, or the shares of its group are not told
+    sizes = [1 if n is None else n for n in tokens]
+    weights = source_weights(sizes, roles, explicit, data.replay, data.temperature)
+    return [weight if known[group] else None for weight, group in zip(weights.tolist(), groups, strict=True)]
+
+
 def _keys(sources: list[SourceConfig]) -> list[str]:
-    """A name for each source that does not depend on `data.root`; the second of the same path gets `#2`."""
+    """A name for each source that does not depend on `data.root`; the second of the same name gets `#2`."""
     seen = Counter()
     keys = []
-    for source in sources:
-        seen[source.path] += 1
-        keys.append(source.path if seen[source.path] == 1 else f"{source.path}#{seen[source.path]}")
+    for key in map(source_key, sources):
+        seen[key] += 1
+        keys.append(key if seen[key] == 1 else f"{key}#{seen[key]}")
     return keys
 
 
-def _check_division(batch_size: int, micro_batch: int, world_size: int) -> None:
+def _check_batch(config: RunConfig, records: list[dict]) -> None:
+    rows = sum(record["rows_per_epoch"] for record in records if record["weight"] > 0)
+    if config.train.batch_size > rows:
+        raise DataError(
+            f"`train.batch_size` is {config.train.batch_size} rows, but an epoch of `data.train` has {rows} rows "
+            f"of {config.data.sequence_length} tokens; lower it or `data.sequence_length`, or give more text"
+        )
+
+
+def check_division(batch_size: int, micro_batch: int, world_size: int) -> None:
+    """ConfigError unless a step's rows divide into micro-batches on every rank."""
     at_once = micro_batch * world_size
     if batch_size % at_once:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Read documents from files: JSON lines or plain text, gzipped or not, one document a line."""
+"""Read documents: from files of JSON lines or plain text, gzipped or not, one document a line; or from a dataset."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moect.config import EvaluationConfig, SourceConfig
+from moect.data.hub import read_rows
 from moect.errors import DataError
 
 log = logging.getLogger("moect.data")
@@ -23,10 +24,20 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass
 class Document:
-    """A text, and the JSON object it came in ({} for plain text)."""
+    """A text, and what it came in: the JSON object, the columns of a dataset that were asked for, {} for plain text."""
 
     text: str
     fields: dict = field(default_factory=dict)
+
+
+def source_key(source: SourceConfig | EvaluationConfig) -> str:
+    """The name of a source in messages, tables and checkpoints; it does not depend on `data.root`."""
+    if source.path:
+        return source.path
+    subset = f"/{source.subset}" if source.subset else ""
+    revision = f"@{source.revision}" if source.revision else ""
+    split = f":{source.split}" if source.split != "train" else ""
+    return f"{source.dataset}{subset}{revision}{split}"
 
 
 def resolve_files(path: str, root: str) -> list[Path]:
@@ -49,44 +60,64 @@ def resolve_files(path: str, root: str) -> list[Path]:
     return files
 
 
-def read_documents(source: SourceConfig | EvaluationConfig, root: str, max_bad_fraction: float) -> Iterator[Document]:
-    """The usable documents of a source in file order, at most `source.limit` of them.
+def read_documents(
+    source: SourceConfig | EvaluationConfig, root: str, max_bad_fraction: float, cache_folder: Path | None = None
+) -> Iterator[Document]:
+    """The usable documents of a source in the order of its files or rows, at most `source.limit` of them.
 
-    Blank lines hold no document. A document is bad when its text, or the answer that `source.answer_field` asks for, is
-    missing, not a string, blank or not encodable as UTF-8. Bad documents are skipped; one log line gives their number.
+    Blank lines of a file hold no document. A document is bad when its text, or the answer that `source.answer_field`
+    asks for, is missing, not a string, blank or not encodable as UTF-8. Bad documents are skipped; one log line gives
+    their number.
+
+    Args:
+        source: what to read, and how many documents of it.
+        root: folder that relative paths start from.
+        max_bad_fraction: the share of bad documents that is put up with.
+        cache_folder: where the commits of hub datasets are kept; None: nowhere.
 
     Raises:
         DataError: a file that cannot be found, opened or decompressed; a line that is not UTF-8 or not a JSON object
-            (with file and line number); more than `max_bad_fraction` bad documents, or no usable one. The last two are
-            known, and raised, only when the iterator is exhausted.
+            (with file and line number); a dataset that cannot be had (see `read_rows`); more than `max_bad_fraction`
+            bad documents, or no usable one. The last two are known, and raised, only when the iterator is exhausted.
     """
     answer_field = getattr(source, "answer_field", None)
     needed = [source.text_field] + ([answer_field] if answer_field else [])
     good = bad = 0
     first_bad = ""
-    for file, number, line in _lines(resolve_files(source.path, root)):
+    key = source_key(source)
+    if source.path:
+        records = _records(resolve_files(source.path, root), source.text_field)
+    else:
+        rows = read_rows(source, root, cache_folder, needed)
+        records = ((f"{key}, row {number}", row, row) for number, row in enumerate(rows, start=1))
+    for where, values, fields in records:
         if good == source.limit:
             break
-        if not line.strip():
-            continue
-        plain = file.name.endswith((".txt", ".txt.gz"))
-        fields = {} if plain else _json_object(line, f"{file}:{number}")
-        values = {source.text_field: line} if plain else fields
         if fault := _fault(values, needed):
             bad += 1
-            first_bad = first_bad or f"{file}:{number}: {fault}"
+            first_bad = first_bad or f"{where}: {fault}"
             continue
         good += 1
         yield Document(values[source.text_field], fields)
     if bad > max_bad_fraction * (good + bad):
         raise DataError(
             f"{first_bad}; {bad} of {good + bad} documents are unusable, more than the share of {max_bad_fraction:g} "
-            "that `data.max_bad_fraction` allows: mend the file, name the right field, or raise that key"
+            "that `data.max_bad_fraction` allows: mend the text, name the right field, or raise that key"
         )
     if bad:
-        log.warning("%s: skipped %d of %d documents as unusable; %s", source.path, bad, good + bad, first_bad)
+        log.warning("%s: skipped %d of %d documents as unusable; %s", key, bad, good + bad, first_bad)
     if not good:
-        raise DataError(f"{source.path}: the corpus is empty, it holds no document; give files with text")
+        raise DataError(f"{key}: the corpus is empty, it holds no document; give one with text")
+
+
+def _records(files: list[Path], text_field: str) -> Iterator[tuple[str, dict, dict]]:
+    """Place, the values that are asked for, and the JSON object ({} for plain text) of each line that is not blank."""
+    for file, number, line in _lines(files):
+        if not line.strip():
+            continue
+        plain = file.name.endswith((".txt", ".txt.gz"))
+        fields = {} if plain else _json_object(line, f"{file}:{number}")
+        yield f"{file}:{number}", {text_field: line} if plain else fields, fields
 
 
 def _lines(files: list[Path]) -> Iterator[tuple[Path, int, str]]:

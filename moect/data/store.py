@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from moect.config import DataConfig, SourceConfig
-from moect.data.sources import EXTENSIONS, read_documents, resolve_files
+from moect.data.hub import identity
+from moect.data.progress import Progress
+from moect.data.sources import EXTENSIONS, read_documents, resolve_files, source_key
 from moect.errors import DataError
 
 log = logging.getLogger("moect.data")
@@ -55,19 +57,21 @@ def build_store(source: SourceConfig, config: DataConfig, tokenizer, cache_folde
     """The token store of a corpus, from the cache if it is there, else tokenized and written first.
 
     A document becomes [BOS] + ids + [EOS], as far as the tokenizer has these tokens; it is never truncated. The entry
-    is written to a temporary folder and renamed, so several processes may build the same one at once.
+    is written to a temporary folder and renamed, so several processes may build the same one at once. What was
+    interrupted begins again at the first document of this source.
 
     Raises:
         DataError: see `read_documents`; no document has two tokens; or the cache cannot be written.
     """
-    fingerprint = _fingerprint(source, config, tokenizer)
-    folder = Path(cache_folder) / fingerprint
+    cache_folder = Path(cache_folder)
+    fingerprint = _fingerprint(source, config, tokenizer, cache_folder)
+    folder = cache_folder / fingerprint
     if store := _open(folder):
         return store
     temporary = folder.with_name(f".{fingerprint}.{uuid.uuid4().hex}")
     try:
         temporary.mkdir(parents=True)
-        _write(temporary, fingerprint, source, config, tokenizer)
+        _write(temporary, fingerprint, source, config, tokenizer, cache_folder)
         return _publish(temporary, folder)
     except OSError as error:
         raise DataError(
@@ -77,14 +81,28 @@ def build_store(source: SourceConfig, config: DataConfig, tokenizer, cache_folde
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _fingerprint(source: SourceConfig, config: DataConfig, tokenizer) -> str:
-    """sha256 over all that decides about the tokens: contents and kinds of the files, options, tokenizer, format."""
+def find_store(source: SourceConfig, config: DataConfig, tokenizer, cache_folder: Path) -> TokenStore | None:
+    """The token store of a corpus if it is in the cache; nothing is tokenized and no network is needed."""
+    fingerprint = _fingerprint(source, config, tokenizer, Path(cache_folder), online=False)
+    return fingerprint and _open(Path(cache_folder) / fingerprint)
+
+
+def _fingerprint(
+    source: SourceConfig, config: DataConfig, tokenizer, cache_folder: Path, online: bool = True
+) -> str | None:
+    """sha256 over all that decides about the tokens: contents and kinds of the files, or the dataset's commit; options,
+    tokenizer, format. None: the commit is not known, and `online` does not allow to ask."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()  # settings of earlier calls, which do not matter here
     backend.no_padding()
     options = [FORMAT_VERSION, source.text_field, source.limit, config.max_bad_fraction]
     parts = [json.dumps(options), json.dumps([tokenizer.bos_token_id, tokenizer.eos_token_id]), backend.to_str()]
-    for file in resolve_files(source.path, config.root):
+    if source.dataset:
+        made_of = identity(source, config.root, cache_folder, online)
+        if made_of is None:
+            return None
+        parts += made_of
+    for file in resolve_files(source.path, config.root) if source.path else ():
         try:
             with file.open("rb") as stream:
                 kind = next(e for e in EXTENSIONS if file.name.endswith(e))
@@ -108,9 +126,12 @@ def _open(folder: Path) -> TokenStore | None:
         return None
 
 
-def _write(folder: Path, fingerprint: str, source: SourceConfig, config: DataConfig, tokenizer) -> None:
+def _write(
+    folder: Path, fingerprint: str, source: SourceConfig, config: DataConfig, tokenizer, cache_folder: Path
+) -> None:
     """Tokenize a source into the files of a store, holding the text of only one batch of documents in memory."""
-    documents = read_documents(source, config.root, config.max_bad_fraction)
+    documents = read_documents(source, config.root, config.max_bad_fraction, cache_folder)
+    progress = Progress(source_key(source), source.limit)
     before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     lengths, sizes, max_token = [], [], 0
@@ -123,9 +144,13 @@ def _write(folder: Path, fingerprint: str, source: SourceConfig, config: DataCon
             file.write(flat)
             lengths += map(len, ids)
             sizes += (len(text.encode("utf-8")) for text in batch)
+            progress.add(len(batch), sum(sizes[-len(batch) :]))
             max_token = max(max_token, int(flat.max(initial=0)))
+        progress.end()
         if max(lengths) < 2:
-            raise DataError(f"{source.path}: no document has two tokens, there is nothing to predict; give longer text")
+            raise DataError(
+                f"{source_key(source)}: no document has two tokens, there is nothing to predict; give longer text"
+            )
         file.seek(0)
         _write_header(file, sum(lengths))
     np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))

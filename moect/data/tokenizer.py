@@ -2,20 +2,69 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import shutil
+import uuid
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
-from moect.config import ModelConfig
+from moect.config import ModelConfig, RunConfig
+from moect.data.sources import read_documents
 from moect.errors import DataError
 
 log = logging.getLogger("moect.data")
 
 BYTES = 256
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+ORIGIN = "trained_on.json"
 # what pre-tokenizers treat differently
 PROBE = " It's 2026, naïve: 1,234.5  e\u0301 don't\r\n\n\tλόγος 中文 தமிழ் __init__(x)   \n"
+
+
+def run_tokenizer(config: RunConfig):
+    """The tokenizer of a run; with `model.train_tokenizer` it is trained on the run's corpora, unless it is there.
+
+    Raises:
+        DataError: as `load_tokenizer` and `read_documents`; or the one that is there was trained on something else.
+    """
+    if config.model.train_tokenizer is not None:
+        _train_once(config)
+    return load_tokenizer(config.model)
+
+
+def _train_once(config: RunConfig) -> None:
+    """Train `model.tokenizer`, with a note of what on; written beside its place and renamed."""
+    folder = Path(os.path.expanduser(config.model.tokenizer))
+    origin = {"vocab_size": config.model.train_tokenizer, "sources": [asdict(source) for source in config.data.train]}
+    if folder.exists():
+        try:
+            found = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            found = None
+        if found != origin:
+            raise DataError(
+                f"{folder}: holds something other than a tokenizer of {config.model.train_tokenizer} tokens trained on "
+                "this `data.train`; choose another folder as `model.tokenizer`, or remove `model.train_tokenizer` to "
+                "take what is there"
+            )
+        return
+    log.info("%s: training a tokenizer of %d tokens on data.train", folder, config.model.train_tokenizer)
+    data = config.data
+    cache = Path(config.output) / ".cache"
+    texts = (d.text for source in data.train for d in read_documents(source, data.root, data.max_bad_fraction, cache))
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    try:
+        temporary.mkdir(parents=True)
+        train_tokenizer(texts, config.model.train_tokenizer, temporary)
+        (temporary / ORIGIN).write_text(json.dumps(origin, indent=1), encoding="utf-8")
+        os.rename(temporary, folder)
+    except OSError as error:
+        raise DataError(f"{folder}: the tokenizer cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load_tokenizer(config: ModelConfig):

@@ -6,8 +6,10 @@ uses it. So base tensors keep their names, module tensors are those below `….m
 
 from __future__ import annotations
 
+import functools
 import logging
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +42,12 @@ class AppendedBlock:
         return self.moe(r_BSD, u_BSD, f_BSD, moect_record)
 
 
-def append_moe(model: nn.Module, config: MoeConfig, seed: int = 0) -> nn.Module:
+def append_moe(
+    model: nn.Module,
+    config: MoeConfig,
+    seed: int = 0,
+    within: Callable[[nn.Module, nn.Module], AbstractContextManager] | None = None,
+) -> nn.Module:
     """Append a module to the chosen blocks of a causal LM, in place, and freeze everything else.
 
     The model computes what it computed before: bit for bit where experts start silent, to rounding where they start as
@@ -51,6 +58,8 @@ def append_moe(model: nn.Module, config: MoeConfig, seed: int = 0) -> nn.Module:
         model: a causal LM of a supported family, from transformers; on the meta device only shapes are made.
         config: what to append.
         seed: of the module's initialisation.
+        within: makes the context in which a block's module is initialised, from the block's FFN and the module; for a
+            model whose weights are not in one place (`moect.model.partition`).
 
     Returns:
         The same model.
@@ -73,7 +82,7 @@ def append_moe(model: nn.Module, config: MoeConfig, seed: int = 0) -> nn.Module:
     if config.dispatch != "auto" and config.dispatch not in backends():
         raise ConfigError(f"moe.dispatch: no backend `{config.dispatch}`; there are auto, {', '.join(backends())}")
     if config.top_k == 1 < config.experts and config.renormalise:
-        log.warning("moe.top_k is 1 and moe.renormalise true: weights are always 1, the text does not train the router")
+        _warn_once("moe.top_k is 1 and moe.renormalise true: weights are always 1, the text does not train the router")
 
     model.requires_grad_(False)
     blocks = blocks_of(model)
@@ -90,7 +99,8 @@ def append_moe(model: nn.Module, config: MoeConfig, seed: int = 0) -> nn.Module:
         moe.to(dtype=weight.dtype).to_empty(device=weight.device)
         _keep_buffers_fp32(moe)
         if weight.device.type != "meta":
-            moe.reset(block.mlp, generator)
+            with within(block.mlp, moe) if within else nullcontext():
+                moe.reset(block.mlp, generator)
         block.moe = moe.train(block.training)
     model.model._moect_hook = model.model.register_forward_pre_hook(_provide_record, with_kwargs=True)
     model.moe_config = config
@@ -140,6 +150,11 @@ def base_only(model: nn.Module):
     finally:
         for m, enabled in zip(modules, before, strict=True):
             m.enabled = enabled
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    log.warning(text)
 
 
 def _appended_class(base_class: type) -> type:

@@ -8,16 +8,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from moect.config import ModelConfig, RunConfig
 from moect.errors import ConfigError, UnsupportedModelError
 from moect.model.append import append_moe, base_only, modules_of
 from moect.model.families import check_config
+from moect.model.partition import divide, dividing, loading_divided
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -45,7 +47,9 @@ def load_base_config(config: ModelConfig):
         ) from error
 
 
-def load_base(config: ModelConfig, dtype: torch.dtype, seed: int = 0, meta: bool = False) -> nn.Module:
+def load_base(
+    config: ModelConfig, dtype: torch.dtype, seed: int = 0, meta: bool = False, zero3: dict | None = None
+) -> nn.Module:
     """The base as a transformers causal LM, in evaluation mode.
 
     Args:
@@ -53,6 +57,8 @@ def load_base(config: ModelConfig, dtype: torch.dtype, seed: int = 0, meta: bool
         dtype: of its weights in memory.
         seed: of the weights of a base made from scratch.
         meta: make shapes only, read no weights.
+        zero3: DeepSpeed's settings; then each parameter is divided among the ranks as it is read. A base made from
+            scratch is divided when it is there: its random weights must not depend on the ranks.
 
     Raises:
         ConfigError: it cannot be loaded.
@@ -66,22 +72,40 @@ def load_base(config: ModelConfig, dtype: torch.dtype, seed: int = 0, meta: bool
             if not meta:
                 torch.manual_seed(seed)
             try:
-                return AutoModelForCausalLM.from_config(
+                model = AutoModelForCausalLM.from_config(
                     hf_config, trust_remote_code=config.trust_remote_code, **kwargs
                 ).eval()
             except Exception as error:
                 raise ConfigError(f"model: no model can be made of this config: {_first_line(error)}") from error
+        if zero3 and not meta:
+            divide(model, zero3)
+        return model
+    if os.path.isdir(config.base):
+        _check_shapes(config, load_base(config, dtype, meta=True))
     try:
         # safetensors only: a pickled checkpoint could run code
-        return AutoModelForCausalLM.from_pretrained(
-            config.base, use_safetensors=True, **kwargs, **_source(config)
-        ).eval()
+        with loading_divided(zero3) if zero3 else nullcontext():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                config.base, use_safetensors=True, output_loading_info=True, **kwargs, **_source(config)
+            )
     except Exception as error:
         raise ConfigError(f"model.base {config.base!r} cannot be loaded: {_first_line(error)}") from error
+    if missing := sorted(report["missing_keys"]):  # transformers has made them up, on each rank others
+        raise ConfigError(
+            f"model.base {config.base!r} is incomplete: its files lack {len(missing)} of the model's tensors, first "
+            f"{missing[0]}; fetch or save it anew"
+        )
+    return model.eval()
 
 
-def build_model(config: RunConfig, meta: bool = False) -> nn.Module:
+def build_model(config: RunConfig, meta: bool = False, zero3: dict | None = None) -> nn.Module:
     """Base plus what `config.method` trains.
+
+    Args:
+        config: the run.
+        meta: make shapes only.
+        zero3: DeepSpeed's settings of a run with ZeRO-3. Then parameters are divided among the ranks as they come,
+            with the values they have undivided (LoRA's own few are left whole), and every rank must call.
 
     Returns:
         A transformers causal LM in `train.precision`; what trains has `requires_grad`.
@@ -90,12 +114,12 @@ def build_model(config: RunConfig, meta: bool = False) -> nn.Module:
         ConfigError, UnsupportedModelError: the base cannot be loaded, or cannot be extended.
     """
     check_config(load_base_config(config.model))  # before gigabytes are read
-    model = load_base(config.model, DTYPES[config.train.precision], config.seed, meta)
+    model = load_base(config.model, DTYPES[config.train.precision], config.seed, meta, zero3)
     if config.method == "full":
         return model.requires_grad_(True)
     if config.method == "lora":
         return _add_lora(model, config)
-    return append_moe(model, config.moe, config.seed)
+    return append_moe(model, config.moe, config.seed, within=dividing if zero3 else None)
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
@@ -172,6 +196,26 @@ def _add_lora(model: nn.Module, config: RunConfig) -> nn.Module:
             return peft.get_peft_model(model, settings, autocast_adapter_dtype=False).get_base_model()
         except ValueError as error:
             raise ConfigError(f"lora.targets: {_first_line(error)}") from error
+
+
+def _check_shapes(config: ModelConfig, model: nn.Module) -> None:
+    """Compare a folder's tensors with the model that its config describes, before they are read: with ZeRO-3 only the
+    first rank reads values, and would be alone with its error."""
+    parameters = dict(model.named_parameters())
+    for path in sorted(Path(config.base).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys() if name in parameters}
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(
+                f"model.base {config.base!r} cannot be loaded: {path.name}: {_first_line(error)}"
+            ) from error
+        for name, shape in found.items():
+            if shape != tuple(parameters[name].shape):
+                raise ConfigError(
+                    f"model.base {config.base!r} cannot be loaded: {name} is {shape} in {path.name} and "
+                    f"{tuple(parameters[name].shape)} by config.json; give weights and config of one model"
+                )
 
 
 def _source(config: ModelConfig) -> dict:

@@ -11,16 +11,20 @@ from torch import nn
 from moect.model.families import blocks_of
 
 
-def training_flops_per_token(model: nn.Module, sequence_length: int, recompute: bool) -> int:
+def training_flops_per_token(
+    model: nn.Module, sequence_length: int, recompute: bool, head_recomputed: bool = False
+) -> int:
     """Forward, backward and, with activation checkpointing, the second forward, for one token of a full row.
 
     Backward costs the forward's operations once for the gradient of the inputs, from the first block that trains
-    upward, and once for the gradient of each weight that trains.
+    upward, and once for the gradient of each weight that trains; there is none for the weights of a frozen base.
 
     Args:
         model: a causal LM as `build_model` makes it; shapes are enough.
         sequence_length: S; a token attends to S/2 others on average.
-        recompute: each block's forward runs twice.
+        recompute: each block's forward runs twice; and transformers then has the embeddings' output want a gradient, so
+            that backward goes through every block, whatever trains.
+        head_recomputed: that of the LM head does (cross-entropy in chunks).
     """
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -30,8 +34,8 @@ def training_flops_per_token(model: nn.Module, sequence_length: int, recompute: 
     embeddings_train = model.model.embed_tokens.weight.requires_grad
     forward = input_gradient = head
     weight_gradient = head if model.lm_head.weight.requires_grad else 0
-    blocks = attention_total = 0.0
-    below_trains = embeddings_train
+    blocks = attention_total = again = 0.0
+    below_trains = embeddings_train or recompute
     for block in blocks_of(model):
         cost, trained = _matmul_flops(block)
         blocks += cost
@@ -43,8 +47,9 @@ def training_flops_per_token(model: nn.Module, sequence_length: int, recompute: 
             # nothing below wants a gradient, but within the block it flows to what trains; the module is what trains
             input_gradient += trained
         below_trains = below_trains or trained > 0
+        again += (cost + attention) * recompute
     forward += blocks + attention_total
-    again = blocks + attention_total if recompute else 0
+    again += head * head_recomputed
     return round(forward + again + input_gradient + weight_gradient)
 
 

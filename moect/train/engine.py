@@ -10,6 +10,7 @@ from torch import nn
 from moect.config import TrainConfig
 from moect.errors import ConfigError
 from moect.model.moe_ffn import MoEFFN
+from moect.model.partition import full_shape
 from moect.train.objective import Objective
 
 
@@ -85,7 +86,7 @@ def _parameter_groups(objective: nn.Module, train: TrainConfig) -> list[dict]:
     if not trainable:
         raise ConfigError("nothing trains with this configuration: check `method` and what it selects")
     groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in trainable if len(full_shape(p)) >= 2], "weight_decay": train.weight_decay},
+        {"params": [p for p in trainable if len(full_shape(p)) < 2], "weight_decay": 0.0},
     ]
     return [g for g in groups if g["params"]]

@@ -20,17 +20,17 @@ from moect import distributed
 from moect.config import RunConfig, config_to_yaml
 from moect.data.evaluation import load_evaluation
 from moect.data.loader import Loader, MicroBatch
-from moect.data.tokenizer import load_tokenizer
+from moect.data.tokenizer import run_tokenizer
 from moect.errors import CheckpointError, TrainingError
 from moect.model.build import DTYPES, base_fingerprint, base_view, build_model, load_base_config
 from moect.monitor.forgetting import ForgettingMonitor
 from moect.plan import make_plan, render
 from moect.train import checkpoint, state
-from moect.train.engine import make_engine
+from moect.train.engine import deepspeed_config, make_engine
 from moect.train.folder import RunLog, open_folder
 from moect.train.meters import Meter, duration, peak_flops
 from moect.train.objective import Objective, StepCounts
-from moect.train.resume import check_same_run
+from moect.train.resume import check_same_run, check_start
 from moect.train.schedule import learning_rate
 
 
@@ -61,16 +61,20 @@ class Run:
         self.config, self.rank, self.world_size = config, rank, world_size
         self.main = rank == 0
         # whatever can be wrong with the input is found before the folder is made
-        self.tokenizer = load_tokenizer(config.model)
+        self.tokenizer = distributed.main_first(lambda: run_tokenizer(config))
         vocab_size = load_base_config(config.model).vocab_size
         cache = Path(config.output) / ".cache"
         self.loader = distributed.main_first(
             lambda: Loader(config, self.tokenizer, cache, rank, world_size, vocab_size)
         )
-        texts = load_evaluation(config.data) if config.monitor.enabled else []
-        model = build_model(config)
+        texts = []
+        if config.monitor.enabled:
+            texts = distributed.main_first(lambda: load_evaluation(config.data, cache))
+        zero3 = deepspeed_config(config.train, world_size) if config.train.zero_stage == 3 else None
+        model = build_model(config, zero3=zero3)
         self.fingerprint = base_fingerprint(config.model, config.seed)
-        self.plan = make_plan(config, model, self.loader.summary(), world_size)
+        shapes = build_model(config, meta=True) if zero3 else model  # a divided parameter is empty
+        self.plan = make_plan(config, shapes, self.loader.summary(), world_size)
 
         self.folder = config.folder
         self.monitor = None
@@ -79,6 +83,7 @@ class Run:
                 config, texts, self.tokenizer, self.folder / "monitor", rank, world_size, self.fingerprint
             )
         self.checkpoint, self.changed = self._find_checkpoint() if config.resume == "auto" else (None, [])
+        self.start = self._find_start() if config.model.start and not self.checkpoint else None
         distributed.on_main(lambda: open_folder(config))
         self.log = RunLog(self.folder, enabled=self.main)
         self.writer = _tensorboard(self.folder) if self.main else None
@@ -98,7 +103,9 @@ class Run:
             if self.log.has_lines:  # it ended before its first checkpoint: what it logged is superseded
                 self.log.write(event="resume", step=0, world_size=self.world_size, changed=[])
                 self._say(f"{self.folder}: no checkpoint to go on from; begins again at step 0")
-            self.log.write(event="start", step=0, plan=self.plan)
+            self.log.write(event="start", step=0, plan=self.plan, **({"from": str(self.start)} if self.start else {}))
+            if self.start:
+                self._begin_from(self.start)
             self._measure()
         end = min(train.steps, train.stop_after or train.steps)
         peak, source = peak_flops(self.engine.device, DTYPES[train.precision])
@@ -263,24 +270,44 @@ class Run:
         self.loader.load_state_dict(info["data"])
         return path, changed
 
+    def _find_start(self) -> Path:
+        """The newest undamaged checkpoint of `model.start`, whose tensors fit; its corpora are read on from there."""
+        path = distributed.on_main(lambda: checkpoint.find_checkpoint(Path(self.config.model.start)))
+        info = checkpoint.read_info(path)
+        check_start(info, self.config, self.fingerprint, str(path))
+        self.loader.go_on_after(info["data"])
+        return path
+
+    def _begin_from(self, path: Path) -> None:
+        """Take what trains, and nothing else, from another run's checkpoint."""
+        tensors = checkpoint.read_module(path)
+        trains = [name for name, _ in state.trainable_parameters(self.engine) if name in tensors]
+        moments = {f"{m}.{name}": torch.zeros_like(tensors[name]) for name in trains for m in state.MOMENTS}
+        self._restore(tensors | moments, 0, path)
+        self._say(f"what trains begins as in {path}")
+
     def _resume(self, path: Path) -> None:
         """Go back to a checkpoint."""
         info = checkpoint.read_info(path)
-        tensors = checkpoint.read_module(path) | checkpoint.read_tensors(path, "optimizer")
-        self._check_tensors(tensors, path)
-        batches = [batch.to(self.engine.device) for batch in self.loader.next_step()]
-        state.wake_optimizer(self.engine, {**_arguments(batches[0]), "counts": self._count(batches), "scale": 1.0})
-        state.scatter(self.engine, tensors, info["step"])
-        for name, buffer in checkpoint.module_buffers(self.objective.model):
-            buffer.copy_(tensors[name])
+        self._restore(checkpoint.read_module(path) | checkpoint.read_tensors(path, "optimizer"), info["step"], path)
         self.objective.load_LE = checkpoint.read_tensors(path, "trainer")["load_LE"]
-        self.objective.sums = {}
-        self.loader.load_state_dict(info["data"])
         self.step = info["step"]
         self.log.write(event="resume", step=self.step, world_size=self.world_size, changed=self.changed)
         self._say(f"resumed from {path}" + "".join(f"\n  changed: {line}" for line in self.changed))
         if self.monitor and not self.monitor.has_rows(self.step):  # killed between checkpoint and measurement
             self._measure()
+
+    def _restore(self, tensors: dict, steps: int, path: Path) -> None:
+        """Masters, moments and buffers as a checkpoint has them, after `steps` optimizer steps."""
+        self._check_tensors(tensors, path)
+        position = self.loader.state_dict()
+        batches = [batch.to(self.engine.device) for batch in self.loader.next_step()]
+        state.wake_optimizer(self.engine, {**_arguments(batches[0]), "counts": self._count(batches), "scale": 1.0})
+        state.scatter(self.engine, tensors, steps)
+        for name, buffer in checkpoint.module_buffers(self.objective.model):
+            buffer.copy_(tensors[name])
+        self.objective.sums = {}
+        self.loader.load_state_dict(position)
 
     def _check_tensors(self, tensors: dict, path: Path) -> None:
         shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in state.trainable_parameters(self.engine)}

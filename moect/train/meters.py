@@ -2,26 +2,58 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import deque
+from dataclasses import dataclass
 
 import torch
 
-# dense bf16 peaks in FLOP/s from the makers' data sheets, by a part of the device's name; the longest match wins
-BF16_PEAKS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H800": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "A40": 150e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
+from moect.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU.
+
+    Attributes:
+        flops: dense bf16 peak in FLOP/s, from the maker's data sheet.
+        memory: GiB that a program can have, as drivers report them; less than the name says where ECC takes its part.
+    """
+
+    flops: float
+    memory: float
+
+
+# the words of a name must all be among those of the device's; the longest name wins
+GPUS = {
+    "B200": Gpu(2250e12, 178),
+    "H200": Gpu(989e12, 139),
+    "H100": Gpu(989e12, 79),
+    "H100 PCIe": Gpu(756e12, 79),
+    "H100 NVL": Gpu(835e12, 93),
+    "H800": Gpu(989e12, 79),
+    "A100 80GB": Gpu(312e12, 79),
+    "A100 40GB": Gpu(312e12, 39),
+    "A800": Gpu(312e12, 79),
+    "L40S": Gpu(362e12, 44),
+    "A40": Gpu(150e12, 44),
+    "L4": Gpu(121e12, 22),
+    "RTX 4090": Gpu(165e12, 23.6),
+    "RTX 3090": Gpu(71e12, 23.6),
 }
+
+
+def find_gpu(name: str) -> tuple[str, Gpu]:
+    """A GPU by its name in GPUS, capitals and small letters alike; the name as it stands there comes first.
+
+    Raises:
+        ConfigError: no such name.
+    """
+    for known, gpu in GPUS.items():
+        if known.lower() == name.lower():
+            return known, gpu
+    raise ConfigError(f"--gpu {name!r}: not in the table; choose one of {', '.join(GPUS)}")
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
@@ -31,9 +63,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
-        known = [part for part in BF16_PEAKS if part in name]
+        words = set(re.split(r"[\s-]", name))
+        known = [key for key in GPUS if words.issuperset(key.split())]
         if known:
-            return BF16_PEAKS[max(known, key=len)], f"data sheet, {name}"
+            return GPUS[max(known, key=len)].flops, f"data sheet, {name}"
     n = 4096 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     best = float("inf")

@@ -22,8 +22,21 @@ FIXED = (
     "train.batch_size",
 )
 # what may change: how fast, where, how often
-FREE = ("name", "output", "resume", "model.base", "model.tokenizer", "data.root", "train.stop_after", "export")
+FREE = (
+    "name",
+    "output",
+    "resume",
+    "model.base",
+    "model.tokenizer",
+    "model.start",
+    "data.root",
+    "train.stop_after",
+    "export",
+)
 FREE_MOE = ("dispatch", "gate_threshold")
+# what decides which tensors train: another run can begin with them only where these are equal
+SHAPE = ("method", "moe", "lora")
+FREE_AT_START = (*FREE_MOE, "balance")
 
 
 def check_same_run(info: dict, config: RunConfig, fingerprint: str, where: str) -> list[str]:
@@ -41,25 +54,50 @@ def check_same_run(info: dict, config: RunConfig, fingerprint: str, where: str) 
     Raises:
         CheckpointError: another base, or a difference that cannot be resumed across.
     """
+    then = _config_then(info, config, fingerprint, where)
+    changed = differences(then, config)
+    if refused := [k for k in changed if _under(k, FIXED) and k not in {f"moe.{name}" for name in FREE_MOE}]:
+        was, now = changed[refused[0]]
+        raise CheckpointError(
+            f"{where}: made with {refused[0]}: {was!r}, the configuration says {now!r}; "
+            "change it back, or start a new run with name=…"
+        )
+    return [f"{key}: {was!r} -> {now!r}" for key, (was, now) in changed.items()]
+
+
+def check_start(info: dict, config: RunConfig, fingerprint: str, where: str) -> None:
+    """Whether what trains can begin as a checkpoint of another run has it; arguments as for `check_same_run`.
+
+    Raises:
+        CheckpointError: another base, method or module.
+    """
+    changed = differences(_config_then(info, config, fingerprint, where), config)
+    allowed = {f"moe.{name}" for name in FREE_AT_START}
+    if refused := [key for key in changed if _under(key, SHAPE) and key not in allowed]:
+        was, now = changed[refused[0]]
+        raise CheckpointError(
+            f"{where}: cannot be the start of this run, it has {refused[0]}: {was!r} and the configuration says "
+            f"{now!r}; make them equal, or take another `model.start`"
+        )
+
+
+def differences(then: RunConfig, now: RunConfig) -> dict[str, tuple]:
+    """Keys that differ between two configurations, names and places left out, with both values."""
+    was, is_ = _flat(then), _flat(now)
+    return {key: (was[key], is_[key]) for key in is_ if was[key] != is_[key] and not _under(key, FREE)}
+
+
+def _config_then(info: dict, config: RunConfig, fingerprint: str, where: str) -> RunConfig:
+    """The configuration that a checkpoint was made with, on the same base."""
     if info["base_fingerprint"] != fingerprint:
         raise CheckpointError(
             f"{where}: made with another base (fingerprint {info['base_fingerprint'][:12]}…, "
             f"{config.model.base or 'model.from_config'} has {fingerprint[:12]}…); set model.base to that one"
         )
     try:
-        then = _flat(config_from_dict(info["config"], where))
+        return config_from_dict(info["config"], where)
     except MoectError as error:
         raise CheckpointError(f"{where}: its configuration cannot be read: {error}") from error
-    now = _flat(config)
-    changed = [key for key in now if now[key] != then.get(key) and not _under(key, FREE)]
-    refused = [k for k in changed if _under(k, FIXED) and k not in {f"moe.{name}" for name in FREE_MOE}]
-    if refused:
-        key = refused[0]
-        raise CheckpointError(
-            f"{where}: made with {key}: {then.get(key)!r}, the configuration says {now[key]!r}; "
-            "change it back, or start a new run with name=…"
-        )
-    return [f"{key}: {then.get(key)!r} -> {now[key]!r}" for key in changed]
 
 
 def _under(key: str, prefixes: tuple[str, ...]) -> bool:

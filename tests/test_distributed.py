@@ -1,0 +1,50 @@
+"""What the main rank does for all: the others wait as long as it takes, and no longer than it lives."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from small_runs import REPOSITORY, free_port
+
+PROGRAM = """
+    import os, sys, time
+    from datetime import timedelta
+    from moect import distributed
+
+    distributed.TIMEOUT = timedelta(seconds=2)
+    distributed.start()
+
+    def work():
+        if distributed.is_main():
+            time.sleep(5)
+            if sys.argv[1] == "dies":
+                os._exit(9)
+        return distributed.is_main()
+
+    print([distributed.main_first(work), distributed.on_main(lambda: "told")], flush=True)
+    distributed.stop()
+"""
+
+
+@pytest.mark.parametrize("main", ["lives", "dies"])
+def test_ranks_wait_for_the_main_rank_beyond_the_timeout_and_end_when_it_dies(main):
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(PROGRAM), main],
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    ended = [(*process.communicate(timeout=120), process.returncode) for process in ranks]
+    if main == "lives":
+        assert [out.strip() for out, _, _ in ended] == ["[True, 'told']", "[False, 'told']"], ended
+    else:
+        assert ended[0][2] == 9 and ended[1][2] != 0
+        assert "Connection was likely closed" in ended[1][1]
