@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from pathlib import Path
 
@@ -111,7 +110,8 @@ def _tokenizer(config: RunConfig):
     except DataError as error:
         if model.tokenizer and os.path.exists(os.path.expanduser(model.tokenizer)):
             raise
-        log.info("documents and tokens are not counted: %s", error)
+        reason = f"{model.tokenizer} is still to be trained" if model.train_tokenizer else error
+        log.info("documents and tokens are not counted: %s", reason)
         return None
 
 
@@ -162,7 +162,7 @@ def render(plan: dict) -> str:
             f"{plan['tokens_per_step']:,} tokens, {plan['accumulation_steps']} accumulation step(s) a rank",
         ),
         ("run", f"{plan['steps']:,} steps, {_si(plan['tokens'])} tokens, {_si(plan['flops'])}FLOP"),
-        ("memory a rank", ", ".join(f"{name} {_gib(size)}" for name, size in memory.items())),
+        ("memory a rank", ", ".join(f"{name} {_bytes(size)}" for name, size in memory.items())),
         ("", _total(plan)),
     ]
     if "gpu" in plan:
@@ -186,7 +186,7 @@ def render(plan: dict) -> str:
 def _total(plan: dict) -> str:
     total = sum(plan["memory_per_rank"].values())
     if "gpu" not in plan:
-        return f"{_gib(total)} in all, buffers and activations being estimates"
+        return f"{_bytes(total)} in all, buffers and activations being estimates"
     verdict = "fits" if plan["fits"] else f"does not fit; {plan['remedy']}"
     return f"{total / 2**30:.1f} of {plan['gpu_memory_gib']:g} GiB on {plan['gpu']}: {verdict}"
 
@@ -216,7 +216,6 @@ def _si(number: float) -> str:
     return f"{number:g}"
 
 
-def _gib(number: float) -> str:
-    """Bytes in GiB, with two digits at least."""
-    gib = number / 2**30
-    return f"{gib:.1f} GiB" if gib >= 0.95 or not number else f"{gib:.{1 - math.floor(math.log10(gib))}f} GiB"
+def _bytes(number: float) -> str:
+    """Bytes in GiB, or in MiB where that is less than one."""
+    return f"{number / 2**30:.1f} GiB" if number >= 0.95 * 2**30 else f"{number / 2**20:.1f} MiB"

@@ -105,8 +105,8 @@ def _with_bucket(size: int) -> None:
     """DeepSpeed's own bucket of 500 million numbers would be all there is to see beside a small model."""
     original = engine.deepspeed_config
 
-    def smaller(train, world_size):
-        settings = original(train, world_size)
+    def smaller(*args):
+        settings = original(*args)
         settings["zero_optimization"]["reduce_bucket_size"] = size
         return settings
 

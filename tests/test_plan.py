@@ -118,7 +118,7 @@ def objective_flops(place, chunk_elements: int, monkeypatch, **sections) -> tupl
 @pytest.mark.parametrize("chunk_elements", [2**26, 16 * V])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_recomputed_flops_are_those_that_torch_counts(place, monkeypatch, recompute, chunk_elements):
-    """With a block below the modules, which backward passes too; the LM head is recomputed where logits come in chunks."""
+    """With a block below the modules, which backward passes too. Logits in chunks recompute the LM head."""
     counted, planned = objective_flops(
         place, chunk_elements, monkeypatch, train={"activation_checkpointing": recompute}
     )

@@ -62,7 +62,7 @@ def measured(place, cases: list[tuple], ranks: int, accumulation: int) -> dict[t
 def test_planned_memory_is_what_a_training_takes(wide, cases, ranks, accumulation):
     found = measured(wide, cases, ranks, accumulation)
     ratios = {case: round(sum(one["planned"].values()) / one["peak"], 3) for case, one in found.items()}
-    assert all(0.9 < ratio < 1.15 for ratio in ratios.values()), f"planned / measured: {ratios}"
+    assert all(0.93 < ratio < 1.1 for ratio in ratios.values()), f"planned / measured: {ratios}"
 
 
 def test_deepspeed_s_own_size_of_a_bucket_is_planned_with(place):

@@ -29,8 +29,8 @@ NOTHING_STAYS = {
 plain_settings = engine.deepspeed_config
 
 
-def strict_settings(train, world_size):
-    settings = plain_settings(train, world_size)
+def strict_settings(train, *counts):
+    settings = plain_settings(train, *counts)
     if train.zero_stage == 3:
         settings["zero_optimization"].update(NOTHING_STAYS)
     return settings

@@ -13,6 +13,8 @@ from moect.model.moe_ffn import MoEFFN
 from moect.model.partition import full_shape
 from moect.train.objective import Objective
 
+BUCKET = 500_000_000  # numbers that ranks exchange at once, at most; DeepSpeed's default
+
 
 def make_engine(objective: Objective, train: TrainConfig, world_size: int):
     """A DeepSpeed engine for what has `requires_grad` in the objective.
@@ -36,22 +38,23 @@ def make_engine(objective: Objective, train: TrainConfig, world_size: int):
         model=objective,
         optimizer=optimizer,
         model_parameters=[p for group in groups for p in group["params"]],
-        config=deepspeed_config(train, world_size),
+        config=deepspeed_config(train, world_size, sum(full_shape(p).numel() for g in groups for p in g["params"])),
     )
     for state in optimizer.state.values():
         state["step"].zero_()  # and that step does not count
     return engine
 
 
-def deepspeed_config(train: TrainConfig, world_size: int) -> dict:
-    """The DeepSpeed settings that a training configuration means."""
+def deepspeed_config(train: TrainConfig, world_size: int, trains: int = BUCKET) -> dict:
+    """The DeepSpeed settings that a training configuration means, with `trains` numbers that train."""
     settings = {
         "train_batch_size": train.batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": train.batch_size // (train.micro_batch * world_size),
         "gradient_clipping": train.clip,
         "bf16": {"enabled": train.precision == "bf16"},
-        "zero_optimization": {"stage": train.zero_stage},
+        # DeepSpeed allocates the whole bucket, however little there is to go through it
+        "zero_optimization": {"stage": train.zero_stage, "reduce_bucket_size": min(BUCKET, trains)},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,  # the loop prints
         "wall_clock_breakdown": False,

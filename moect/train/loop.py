@@ -257,10 +257,10 @@ class Run:
     def _find_checkpoint(self) -> tuple[Path | None, list[str]]:
         """The newest undamaged checkpoint, and what has changed since. One of another run is refused here, before
         anything is written."""
-        folder = self.folder / "checkpoints"
-        if not checkpoint.list_checkpoints(folder):
+        there = lambda: bool(checkpoint.list_checkpoints(self.folder / "checkpoints"))  # noqa: E731
+        path = distributed.on_main(lambda: checkpoint.find_checkpoint(self.folder) if there() else None)
+        if path is None:
             return None, []
-        path = distributed.on_main(lambda: checkpoint.find_checkpoint(self.folder))
         info = checkpoint.read_info(path)
         if info["step"] > self.config.train.steps:
             raise CheckpointError(

@@ -25,8 +25,8 @@ def memory_per_rank(config: RunConfig, model: nn.Module, world_size: int) -> dic
 
     weights and optimizer are exact but for padding. gradients are what is kept of them until the step. buffers are
     DeepSpeed's own, and the layers that ZeRO-3 gathers whole. activations are estimated.
-    ZeRO divides among the ranks: the optimizer's state from stage 1, gradients from 2, weights from 3, which are
-    divided while they are loaded. Not counted: what CUDA and NCCL take for themselves, some 1 GiB.
+    ZeRO divides among the ranks: the optimizer's state from stage 1, gradients from 2, weights from 3: a base from disk
+    while it is read, each module as it is made. Not counted: what CUDA and NCCL take for themselves, some 1 GiB.
 
     Args:
         config: the run.
@@ -54,8 +54,8 @@ def memory_per_rank(config: RunConfig, model: nn.Module, world_size: int) -> dic
 def _buffers(config: RunConfig, model: nn.Module, counts: dict[str, int], world_size: int) -> int:
     """Bytes of DeepSpeed's own buffers: the larger of those in the backward pass and those before the step."""
     train = config.train
-    settings = _zero_settings(config, world_size)
     T = counts["trainable"]
+    settings = _zero_settings(config, world_size, T)
     b = 2 if train.precision == "bf16" else 4
     bucket = settings.reduce_bucket_size
     filled = min(bucket, T)
@@ -77,11 +77,11 @@ def _buffers(config: RunConfig, model: nn.Module, counts: dict[str, int], world_
     return b * bucket + max(before_step, gathered + 4 * b * filled)  # a bucket travels in four copies
 
 
-def _zero_settings(config: RunConfig, world_size: int):
+def _zero_settings(config: RunConfig, world_size: int, trains: int):
     """DeepSpeed's ZeRO settings with every default filled in."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    return DeepSpeedZeroConfig(**engine.deepspeed_config(config.train, world_size)["zero_optimization"])
+    return DeepSpeedZeroConfig(**engine.deepspeed_config(config.train, world_size, trains)["zero_optimization"])
 
 
 def _largest(model: nn.Module, trains: bool) -> int:
