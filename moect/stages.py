@@ -82,7 +82,7 @@ def run_stages(stages: list[RunConfig]) -> None:
         if len(stages) > 1 and distributed.is_main():
             print(f"\nstage {number + 1} of {len(stages)}: {config.name}", flush=True)
         later = stages[number + 1 :]
-        if distributed.on_main(partial(_skips, config)):
+        if distributed.on_main(partial(_skips, config, later)):
             if distributed.is_main():
                 print(f"{config.folder}: finished before", flush=True)
         else:
@@ -117,8 +117,24 @@ def as_planned(config: RunConfig, stages: list[RunConfig]) -> RunConfig:
     return config
 
 
-def _skips(config: RunConfig) -> bool:
-    return config.resume == "auto" and is_finished(config)
+def _skips(config: RunConfig, later: list[RunConfig]) -> bool:
+    """Whether there is nothing left to do in a stage.
+
+    Raises:
+        ConfigError: there is, but later stages were built on the stage as it was.
+    """
+    if config.resume == "auto" and is_finished(config):
+        return True
+    if _is_base(config, later) and Path(_export(config)).exists():
+        raise ConfigError(
+            f"{_export(config)}: was made before this stage changed, and later stages are built on it; remove it and "
+            "their folders, or choose another name=… for all"
+        )
+    return False
+
+
+def _is_base(config: RunConfig, later: list[RunConfig]) -> bool:
+    return any(stage.model.base == _export(config) for stage in later)
 
 
 def _conclude(config: RunConfig, later: list[RunConfig]) -> bool:
@@ -129,8 +145,7 @@ def _conclude(config: RunConfig, later: list[RunConfig]) -> bool:
     print(f"wrote {write_report(config.folder)}", flush=True)
     if not is_finished(config):
         return False
-    export = Path(_export(config))
-    if any(stage.model.base == str(export) for stage in later) and not export.exists():
+    if _is_base(config, later) and not Path(_export(config)).exists():
         print(f"wrote {export_run(config.folder)}", flush=True)
     return True
 

@@ -154,6 +154,14 @@ def test_a_finished_stage_with_other_settings_is_not_skipped(place):
     assert len(losses(place.output / "whole" / "learn")) == 8
 
 
+def test_a_base_that_later_stages_were_built_on_is_not_changed_under_them(place):
+    path = write(place, base_then_extension(place))
+    run_stages(load_stages(path))
+    with pytest.raises(ConfigError, match=r"base/export: was made before this stage changed"):
+        run_stages(load_stages(path, ["resume=auto", "stages.base.train.steps=5"]))
+    assert losses(place.output / "whole" / "base")[4:] == []
+
+
 @pytest.mark.parametrize(("precision", "zero_stage"), [("fp32", 2), ("bf16", 0), ("bf16", 3)])
 def test_a_review_begins_with_what_was_learnt_and_without_its_momentum(place, precision, zero_stage):
     train = {"precision": precision, "zero_stage": zero_stage}
