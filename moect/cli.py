@@ -61,10 +61,10 @@ def train(arguments: argparse.Namespace) -> None:
 
 def plan(arguments: argparse.Namespace) -> None:
     """Print what a run, or each stage of one, would be and cost, without training."""
-    from moect.stages import load_stages
+    from moect.stages import load_stages, plan_stages
 
     stages = load_stages(arguments.config, arguments.overrides)
-    from moect.plan import plan_stages, render
+    from moect.plan import render
 
     plans = plan_stages(stages, arguments.ranks, arguments.gpu, arguments.mfu)
     for number, (config, made) in enumerate(zip(stages, plans, strict=True)):

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import os
-from pathlib import Path
-
 from torch import nn
 
 from moect.config import RunConfig, unused_keys
-from moect.data.loader import check_division, planned_sources
-from moect.data.tokenizer import load_tokenizer
-from moect.errors import DataError
 from moect.model.append import modules_of
-from moect.model.build import build_model, parameter_counts
+from moect.model.build import parameter_counts
 from moect.model.flops import training_flops_per_token
 from moect.model.losses import CHUNK_ELEMENTS
-from moect.stages import as_planned
 from moect.train.memory import memory_per_rank
 from moect.train.meters import Gpu, duration, find_gpu
-
-log = logging.getLogger("moect.plan")
 
 FULL = 0.93  # share of a GPU's memory to plan with: CUDA, NCCL and gaps between tensors take the rest
 
@@ -73,48 +63,6 @@ def make_plan(
     return plan
 
 
-def plan_stages(stages: list[RunConfig], ranks: int, gpu: str | None = None, mfu: float = 0.35) -> list[dict]:
-    """The plan of each run of a file, without reading weights or fetching text.
-
-    Args:
-        stages: as `load_stages` gives them.
-        ranks, gpu, mfu: as `make_plan` takes them.
-
-    Raises:
-        MoectError: whatever can be known to be wrong with the configuration, the base's shape or the texts.
-    """
-    if gpu:
-        find_gpu(gpu)
-    plans = []
-    tokenizers = {}
-    for config in stages:
-        check_division(config.train.batch_size, config.train.micro_batch, ranks)
-        planned = as_planned(config, stages)
-        model = build_model(planned, meta=True)
-        name = planned.model.tokenizer or planned.model.base
-        if name not in tokenizers:
-            tokenizers[name] = _tokenizer(planned)
-        mixture = planned_sources(planned, tokenizers[name], Path(config.output) / ".cache")
-        plan = make_plan(planned, model, mixture, ranks, gpu, mfu)
-        if planned is not config:
-            plan["base"] = f"{config.model.base} (to come)"
-        plans.append(plan)
-    return plans
-
-
-def _tokenizer(config: RunConfig):
-    """The run's tokenizer, or None where the base comes without or it is still to be made."""
-    model = config.model
-    try:
-        return load_tokenizer(model)
-    except DataError as error:
-        if model.tokenizer and os.path.exists(os.path.expanduser(model.tokenizer)):
-            raise
-        reason = f"{model.tokenizer} is still to be trained" if model.train_tokenizer else error
-        log.info("documents and tokens are not counted: %s", reason)
-        return None
-
-
 def _on_gpu(plan: dict, config: RunConfig, name: str, gpu: Gpu, mfu: float) -> dict:
     needed = sum(plan["memory_per_rank"].values()) / 2**30
     return {
@@ -123,7 +71,8 @@ def _on_gpu(plan: dict, config: RunConfig, name: str, gpu: Gpu, mfu: float) -> d
         "fits": needed <= FULL * gpu.memory,
         "remedy": _remedy(config, plan["ranks"]),
         "mfu": mfu,
-        "seconds": plan["flops"] / (gpu.flops * mfu * plan["ranks"]),
+        # the table has bf16 peaks only
+        "seconds": plan["flops"] / (gpu.flops * mfu * plan["ranks"]) if plan["precision"] == "bf16" else None,
     }
 
 
@@ -192,6 +141,8 @@ def _total(plan: dict) -> str:
 
 
 def _time(plan: dict) -> str:
+    if plan["seconds"] is None:
+        return "not known for fp32"
     hours = plan["seconds"] * plan["ranks"] / 3600
     return (
         f"{duration(plan['seconds'])} on {plan['ranks']} x {plan['gpu']} at an assumed {100 * plan['mfu']:g}% MFU "

@@ -15,11 +15,15 @@ import copy
 import dataclasses
 import gc
 import json
+import logging
+import os
 from functools import partial
 from pathlib import Path
 
 from moect.config import RunConfig, config_from_dict, load_config, override_value, read_values
-from moect.errors import ConfigError
+from moect.errors import ConfigError, DataError, MoectError
+
+log = logging.getLogger("moect.stages")
 
 REFERENCE = "stage:"
 OF_ALL = ("output", "resume", "stages")  # keys that a stage cannot have for itself
@@ -47,7 +51,9 @@ def load_stages(path: str | Path, overrides: list[str] = ()) -> list[RunConfig]:
     common = [o for o in overrides if o.split("=")[0] in ("name", "output", "resume")]
     for override in common:
         override_value(values, override)
-    group = str(values.pop("name", RunConfig.name))
+    group = values.pop("name", RunConfig.name)
+    if not isinstance(group, str) or not group or "/" in group or group.startswith("."):
+        raise ConfigError(f"{path}: `name` is {group!r}: give a plain folder name")
     folder = Path(str(values.pop("output", RunConfig.output))) / group
     configs = []
     for number, stage in enumerate(stages):
@@ -58,6 +64,7 @@ def load_stages(path: str | Path, overrides: list[str] = ()) -> list[RunConfig]:
                 override_value(merged, rest)
         _resolve(merged, folder, names[:number], f"{path}: stage {stage['name']}")
         configs.append(config_from_dict(merged, where=f"{path}: stage {stage['name']}"))
+        _check_origin(configs[-1], configs[:-1], f"{path}: stage {stage['name']}")
     return configs
 
 
@@ -68,7 +75,8 @@ def run_stages(stages: list[RunConfig]) -> None:
     A stage that stops early (`train.stop_after`) ends the sequence.
 
     Raises:
-        MoectError: whatever the user can put right; what concerns corpora and batches of any stage, before the first.
+        MoectError: whatever the user can put right; a missing file, or a batch that does not divide, of any stage
+            before the first.
     """
     from moect import distributed
     from moect.data.loader import check_division
@@ -92,17 +100,56 @@ def run_stages(stages: list[RunConfig]) -> None:
             return
 
 
-def is_finished(config: RunConfig) -> bool:
-    """Whether a run has ended at its last step, with the configuration that it would be run with now."""
-    from moect.train.resume import differences
+def plan_stages(stages: list[RunConfig], ranks: int, gpu: str | None = None, mfu: float = 0.35) -> list[dict]:
+    """The plan of each run of a file, without reading weights or fetching text.
 
-    try:
-        events = [json.loads(line) for line in (config.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-        then = load_config(config.folder / "config.yaml")
-    except (OSError, ValueError, ConfigError):
+    Args:
+        stages: as `load_stages` gives them.
+        ranks, gpu, mfu: as `make_plan` takes them.
+
+    Raises:
+        MoectError: whatever can be known to be wrong with the configuration, the base's shape or the texts.
+    """
+    from moect.data.loader import check_division, planned_sources
+    from moect.model.build import build_model
+    from moect.plan import make_plan
+    from moect.train.meters import find_gpu
+
+    if gpu:
+        find_gpu(gpu)
+    plans = []
+    tokenizers = {}
+    for config in stages:
+        check_division(config.train.batch_size, config.train.micro_batch, ranks)
+        planned = as_planned(config, stages)
+        model = build_model(planned, meta=True)
+        name = planned.model.tokenizer or planned.model.base
+        if name not in tokenizers:
+            tokenizers[name] = _tokenizer(planned)
+        mixture = planned_sources(planned, tokenizers[name], Path(config.output) / ".cache")
+        plan = make_plan(planned, model, mixture, ranks, gpu, mfu)
+        if planned is not config:
+            plan["base"] = f"{config.model.base} (to come)"
+        plans.append(plan)
+    return plans
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether a run has ended at its last step, and nothing that decides about its result has changed since: neither
+    the configuration, nor its base, nor the run that it went on from."""
+    from moect.model.build import base_fingerprint
+    from moect.train.checkpoint import list_checkpoints, read_info
+    from moect.train.resume import check_same_run, check_same_start
+
+    if not _ended(config):
         return False
-    ended = events and events[-1].get("event") == "end" and events[-1]["step"] == config.train.steps
-    return bool(ended) and not differences(then, config)
+    try:
+        info = read_info(list_checkpoints(config.folder / "checkpoints")[0])
+        check_same_run(info, config, base_fingerprint(config.model, config.seed), str(config.folder))
+        check_same_start(info, config, str(config.folder))
+    except (IndexError, MoectError):  # the run itself will say what it is
+        return False
+    return True
 
 
 def as_planned(config: RunConfig, stages: list[RunConfig]) -> RunConfig:
@@ -123,14 +170,25 @@ def _skips(config: RunConfig, later: list[RunConfig]) -> bool:
     Raises:
         ConfigError: there is, but later stages were built on the stage as it was.
     """
-    if config.resume == "auto" and is_finished(config):
+    if config.resume == "never":  # then there is no such folder yet, or the run refuses
+        return False
+    if is_finished(config):
         return True
     if _is_base(config, later) and Path(_export(config)).exists():
         raise ConfigError(
-            f"{_export(config)}: was made before this stage changed, and later stages are built on it; remove it and "
-            "their folders, or choose another name=… for all"
+            f"{_export(config)}: is there, but its stage is not finished with this configuration: train.steps, data or "
+            "model changed, or it was exported early; change that back, move the export away, or choose another name=…"
         )
     return False
+
+
+def _ended(config: RunConfig) -> bool:
+    """Whether the last thing that a run has logged is its last step."""
+    try:
+        last = json.loads((config.folder / "log.jsonl").read_bytes().rstrip().rpartition(b"\n")[2])
+    except (OSError, ValueError):
+        return False
+    return last.get("event") == "end" and last["step"] == config.train.steps
 
 
 def _is_base(config: RunConfig, later: list[RunConfig]) -> bool:
@@ -138,16 +196,35 @@ def _is_base(config: RunConfig, later: list[RunConfig]) -> bool:
 
 
 def _conclude(config: RunConfig, later: list[RunConfig]) -> bool:
-    """Report on a stage, and export it if it is a base; False if it is not finished."""
+    """Export a stage if it is a base, and report on it; False if it is not finished."""
     from moect.export.merged import export_run
     from moect.monitor.report import write_report
 
-    print(f"wrote {write_report(config.folder)}", flush=True)
-    if not is_finished(config):
-        return False
-    if _is_base(config, later) and not Path(_export(config)).exists():
+    finished = _ended(config)
+    if finished and _is_base(config, later) and not Path(_export(config)).exists():
         print(f"wrote {export_run(config.folder)}", flush=True)
-    return True
+    try:
+        print(f"wrote {write_report(config.folder)}", flush=True)
+    except MoectError as error:  # no reason to hold the training up
+        log.warning("no report: %s", error)
+    if not finished and later:
+        print(f"{config.folder}: not finished, so {', '.join(c.name for c in later)} must wait", flush=True)
+    return finished
+
+
+def _tokenizer(config: RunConfig):
+    """The run's tokenizer, or None where the base comes without or it is still to be made."""
+    from moect.data.tokenizer import load_tokenizer
+
+    model = config.model
+    try:
+        return load_tokenizer(model)
+    except DataError as error:
+        if model.tokenizer and os.path.exists(os.path.expanduser(model.tokenizer)):
+            raise
+        reason = f"{model.tokenizer} is still to be trained" if model.train_tokenizer else error
+        log.info("documents and tokens are not counted: %s", reason)
+        return None
 
 
 def _export(config: RunConfig) -> str:
@@ -163,6 +240,8 @@ def _names(stages, where: str) -> list[str]:
         name = stage.get("name")
         if not isinstance(name, str) or not name:
             raise ConfigError(f"{where}: `stages[{number}]` has no `name`; it becomes the folder of that run")
+        if "." in name:
+            raise ConfigError(f"{where}: stage {name!r}: a dot in the name would hide it from stages.NAME.key=value")
         if name in names:
             raise ConfigError(f"{where}: two stages are called {name!r}; give each a name of its own")
         for key in OF_ALL:
@@ -177,6 +256,8 @@ def _of_stage(override: str, names: list[str]) -> tuple[str | None, str]:
     if not override.startswith("stages."):
         return None, override
     name, _, rest = override.removeprefix("stages.").partition(".")
+    if rest.partition("=")[0] in (*OF_ALL, "name"):
+        raise ConfigError(f"override {override!r}: that key is for all stages; leave the first two parts out")
     if name not in names:
         raise ConfigError(f"override {override!r}: there is no stage {name!r}; the stages are {', '.join(names)}")
     return name, rest
@@ -206,11 +287,32 @@ def _resolve(values: dict, folder: Path, earlier: list[str], where: str) -> None
         model[key] = str(folder / name / "export" if key == "base" else folder / name)
 
 
+def _check_origin(config: RunConfig, earlier: list[RunConfig], where: str) -> None:
+    """What a stage builds on, or goes on from, can be that."""
+    from moect.train.resume import check_shape
+
+    for stage in earlier:
+        if config.model.base == _export(stage) and stage.method == "moe-ct":
+            raise ConfigError(
+                f"{where}: its base, stage {stage.name}, has an appended module already, and a second one cannot be "
+                f"appended; to train that one further, give the base of {stage.name} and `model.start`"
+            )
+        if config.model.start == str(stage.folder):
+            check_shape(stage, config, where)
+            if config.model.base != stage.model.base:
+                raise ConfigError(
+                    f"{where}: goes on from stage {stage.name}, which has `model.base` {stage.model.base!r}, and not "
+                    f"{config.model.base!r}; make them equal"
+                )
+
+
 def _check_files(stages: list[RunConfig]) -> None:
-    """Every corpus of every stage is there, before hours are spent on the first."""
+    """The files of every stage that is still to run are there, before hours are spent on the first."""
     from moect.data.sources import resolve_files
 
     for config in stages:
+        if config.resume == "auto" and _ended(config):
+            continue
         for source in (*config.data.train, *(config.data.evaluation if config.monitor.enabled else ())):
             if source.path:
                 resolve_files(source.path, config.data.root)

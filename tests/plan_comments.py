@@ -11,8 +11,8 @@ from pathlib import Path
 
 from moect.cli import _parser
 from moect.config import RunConfig
-from moect.plan import plan_stages, render
-from moect.stages import load_stages
+from moect.plan import render
+from moect.stages import load_stages, plan_stages
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ROOT / "tests" / "model_configs"  # the bases' config.json: their shapes, without weights and tokenizer

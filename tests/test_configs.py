@@ -6,8 +6,8 @@ from plan_comments import MARK, ROOT, SHAPES, expected, found, with_shapes
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moect.cli import main
-from moect.plan import plan_stages, render
-from moect.stages import load_stages
+from moect.plan import render
+from moect.stages import load_stages, plan_stages
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 REAL = [path for path in CONFIGS if MARK in path.read_text(encoding="utf-8")]

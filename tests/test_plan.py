@@ -146,10 +146,12 @@ def test_derived_numbers_of_a_step_and_of_the_run(place):
 
 
 def test_planned_time_is_operations_by_the_assumed_rate(place):
-    config = place.config()
+    config = place.config(train={"precision": "bf16"})
     plan = make_plan(config, build_model(config, meta=True), [], world_size=4, gpu="L4", mfu=0.5)
     assert plan["seconds"] == pytest.approx(plan["flops"] / (4 * 0.5 * 121e12))
     assert plan["fits"] and plan["gpu_memory_gib"] == GPUS["L4"].memory
+    config = place.config()  # fp32, of which the table has no rate
+    assert "not known for fp32" in render(make_plan(config, build_model(config, meta=True), [], 4, gpu="L4"))
 
 
 def test_what_is_not_known_of_a_corpus_is_a_question_mark(place):

@@ -96,6 +96,19 @@ def test_overrides_are_for_all_stages_or_for_the_one_they_name(place):
         ([{"name": "a", "model": {"base": "b"}, "trane": {}}], [], "stage a: unknown key `trane`"),
         ([{"name": "a", "model": {"base": "b"}}], ["stages.b.seed=1"], "no stage 'b'; the stages are a"),
         ([{"name": "a/b", "model": {"base": "b"}}], [], "plain folder name"),
+        ([{"name": "a.b", "model": {"base": "b"}}], [], "a dot in the name"),
+        ([{"name": "a", "model": {"base": "b"}}], ["stages.a.output=x"], "that key is for all stages"),
+        ([{"name": "a", "model": {"base": "b"}}], ["name=../x"], "`name` is '../x'"),
+        (
+            [{"name": "a", "model": {"base": "b"}}, {"name": "c", "model": {"base": "stage:a"}}],
+            [],
+            "stage c: its base, stage a, has an appended module already",
+        ),
+        (
+            [{"name": "a", "model": {"base": "b"}}, {"name": "c", "model": {"base": "x", "start": "stage:a"}}],
+            [],
+            "stage c: goes on from stage a, which has `model.base` 'b', and not 'x'",
+        ),
     ],
 )
 def test_stages_that_cannot_be_meant_are_refused_by_name(place, stages, overrides, words):
@@ -157,9 +170,31 @@ def test_a_finished_stage_with_other_settings_is_not_skipped(place):
 def test_a_base_that_later_stages_were_built_on_is_not_changed_under_them(place):
     path = write(place, base_then_extension(place))
     run_stages(load_stages(path))
-    with pytest.raises(ConfigError, match=r"base/export: was made before this stage changed"):
+    with pytest.raises(ConfigError, match=r"base/export: is there, but its stage is not finished with"):
         run_stages(load_stages(path, ["resume=auto", "stages.base.train.steps=5"]))
     assert losses(place.output / "whole" / "base")[4:] == []
+    with pytest.raises(ConfigError, match=r"whole/base exists: go on from it with resume=auto"):
+        run_stages(load_stages(path))
+    # what decides nothing about the result leaves a finished stage finished
+    run_stages(load_stages(path, ["resume=auto", "train.micro_batch=2", "train.log_every=3", "monitor.batch_size=4"]))
+    assert events(place.output / "whole" / "base")[-1] == {"event": "end", "step": 4}
+
+
+def test_a_stage_that_another_went_on_from_is_not_trained_further_in_silence(place):
+    path = write(place, learn_then_review(place))
+    run_stages(load_stages(path))
+    with pytest.raises(CheckpointError, match=r"began from another state of .*learn than its newest checkpoint"):
+        run_stages(load_stages(path, ["resume=auto", "stages.learn.train.steps=8"]))
+    assert len(losses(place.output / "whole" / "learn")) == 8 and len(losses(place.output / "whole" / "review")) == 2
+
+
+def test_a_line_that_a_crash_cut_off_does_not_keep_later_stages_waiting(place):
+    path = write(place, learn_then_review(place))
+    run_stages(load_stages(path, ["stages.learn.train.stop_after=3"]))
+    with (place.output / "whole" / "learn" / "log.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    run_stages(load_stages(path, ["resume=auto"]))
+    assert (place.output / "whole" / "review" / "checkpoints" / "step-2").is_dir()
 
 
 @pytest.mark.parametrize(("precision", "zero_stage"), [("fp32", 2), ("bf16", 0), ("bf16", 3)])
@@ -215,10 +250,18 @@ def test_two_runs_one_after_the_other_read_an_epoch_without_repetition(place):
         ({"method": "full"}, r"method: 'moe-ct' and the configuration says 'full'"),
     ],
 )
-def test_a_start_of_another_shape_is_refused_before_a_folder_is_made(place, changes, words):
+def test_a_start_of_another_shape_is_refused_before_anything_is_trained(place, changes, words):
     learn, review = learn_then_review(place)
     with pytest.raises(CheckpointError, match=words):
-        run_stages(load_stages(write(place, [learn, {**review, **changes}])))
+        load_stages(write(place, [learn, {**review, **changes}]))
+
+
+def test_a_start_that_is_a_run_of_another_file_is_checked_before_a_folder_is_made(place):
+    learn, review = learn_then_review(place)
+    run_stages(load_stages(write(place, [learn])))
+    review["model"] = {**review["model"], "start": str(place.output / "whole" / "learn")}
+    with pytest.raises(CheckpointError, match="moe.top_k: 2 and the configuration says 1"):
+        run_stages(load_stages(write(place, [{**review, "moe": {"top_k": 1}}])))
     assert not (place.output / "whole" / "review").exists()
 
 

@@ -142,6 +142,8 @@ class Loader:
             CheckpointError: it is a position in other data, or none at all.
         """
         mine = self.state_dict()
+        if isinstance(state, dict):  # positions of before there were stages have skipped nothing
+            state = {"skipped": dict.fromkeys(self.keys, 0), **state}
         if not isinstance(state, dict) or set(state) != set(mine):
             raise CheckpointError("the checkpoint's data position is incomplete; resume from another checkpoint")
         problem = None
@@ -166,15 +168,17 @@ class Loader:
     def go_on_after(self, state: dict) -> None:
         """Begin each corpus where another run's position, `state`, stands in it, so that no document comes twice in an
         epoch. A corpus that the other run did not have, or cut otherwise, begins at its start."""
-        same = all(state.get(name) == self.state_dict()[name] for name in ("seed", "sequence_length"))
+        skipped = state.get("skipped", {})
         for i, key in enumerate(self.keys):
-            if same and state["corpora"].get(key) == self.stores[i].fingerprint:
-                self.skipped[i] = state["skipped"][key] + state["drawn"][key]
-        log.info(
-            "%d of %d corpora are read on from where the run before stopped",
-            sum(map(bool, self.skipped)),
-            len(self.keys),
-        )
+            if state["corpora"].get(key) == self.stores[i].fingerprint:
+                self.skipped[i] = skipped.get(key, 0) + state["drawn"][key]
+        moved = [name for name in ("seed", "sequence_length") if state[name] != self.state_dict()[name]]
+        if moved:  # then rows are cut and ordered otherwise
+            self.skipped = [0] * len(self.keys)
+        if self.rank == 0:
+            why = f" ({' and '.join(moved)} changed)" if moved else ""
+            count = sum(map(bool, self.skipped))
+            log.info("%d of %d corpora are read on from where the run before stopped%s", count, len(self.keys), why)
 
     def summary(self) -> list[dict]:
         """One record a source: source, lang, role, documents, tokens, bytes, weight (its share of the rows),

@@ -28,7 +28,8 @@ def run_tokenizer(config: RunConfig):
     """The tokenizer of a run; with `model.train_tokenizer` it is trained on the run's corpora, unless it is there.
 
     Raises:
-        DataError: as `load_tokenizer` and `read_documents`; or the one that is there was trained on something else.
+        DataError: as `load_tokenizer` and `read_documents`; or the one that is there was trained on other sources.
+            Whether the text of the same sources has changed is not looked at.
     """
     if config.model.train_tokenizer is not None:
         _train_once(config)
@@ -38,7 +39,8 @@ def run_tokenizer(config: RunConfig):
 def _train_once(config: RunConfig) -> None:
     """Train `model.tokenizer`, with a note of what on; written beside its place and renamed."""
     folder = Path(os.path.expanduser(config.model.tokenizer))
-    origin = {"vocab_size": config.model.train_tokenizer, "sources": [asdict(source) for source in config.data.train]}
+    sources = [{key: v for key, v in asdict(source).items() if key != "weight"} for source in config.data.train]
+    origin = {"vocab_size": config.model.train_tokenizer, "sources": sources}
     if folder.exists():
         try:
             found = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
@@ -62,6 +64,8 @@ def _train_once(config: RunConfig) -> None:
         (temporary / ORIGIN).write_text(json.dumps(origin, indent=1), encoding="utf-8")
         os.rename(temporary, folder)
     except OSError as error:
+        if (folder / ORIGIN).exists():  # another run was faster
+            return _train_once(config)
         raise DataError(f"{folder}: the tokenizer cannot be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -28,6 +28,7 @@ from moect.errors import CheckpointError
 
 FORMAT = 1
 INFO = "checkpoint.json"
+MODULE = "module.safetensors"
 log = logging.getLogger("moect.checkpoint")
 
 
@@ -126,6 +127,16 @@ def read_info(path: Path) -> dict:
     if info.pop("sha256", None) != _digest(info):
         raise CheckpointError(f"{path}: {INFO} is damaged (its checksum differs)")
     return info
+
+
+def module_digest(run_folder: Path) -> str | None:
+    """The sha256 of what trains in a run's newest checkpoint; None where there is none that can be read."""
+    for path in list_checkpoints(Path(run_folder) / "checkpoints")[:1]:
+        try:
+            return read_info(path)["files"][MODULE]
+        except CheckpointError:
+            return None
+    return None
 
 
 def read_tensors(path: Path, name: str) -> dict[str, Tensor]:

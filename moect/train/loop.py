@@ -30,7 +30,7 @@ from moect.train.engine import deepspeed_config, make_engine
 from moect.train.folder import RunLog, open_folder
 from moect.train.meters import Meter, duration, peak_flops
 from moect.train.objective import Objective, StepCounts
-from moect.train.resume import check_same_run, check_start
+from moect.train.resume import check_same_run, check_same_start, check_start
 from moect.train.schedule import learning_rate
 
 
@@ -82,6 +82,7 @@ class Run:
             self.monitor = ForgettingMonitor(
                 config, texts, self.tokenizer, self.folder / "monitor", rank, world_size, self.fingerprint
             )
+        self.began_from = None  # the digest of what trained in the run that this one went on from
         self.checkpoint, self.changed = self._find_checkpoint() if config.resume == "auto" else (None, [])
         self.start = self._find_start() if config.model.start and not self.checkpoint else None
         distributed.on_main(lambda: open_folder(config))
@@ -240,6 +241,7 @@ class Run:
             info = {
                 "moect": moect.__version__,
                 "base_fingerprint": self.fingerprint,
+                "began_from": self.began_from,
                 "data": self.loader.state_dict(),
                 "world_size": self.world_size,
                 "config": dataclasses.asdict(self.config),
@@ -267,6 +269,8 @@ class Run:
                 f"{path}: beyond the end, train.steps is {self.config.train.steps}; raise it to go on from there"
             )
         changed = check_same_run(info, self.config, self.fingerprint, str(path))
+        check_same_start(info, self.config, str(path))
+        self.began_from = info.get("began_from")
         self.loader.load_state_dict(info["data"])
         return path, changed
 
@@ -275,6 +279,7 @@ class Run:
         path = distributed.on_main(lambda: checkpoint.find_checkpoint(Path(self.config.model.start)))
         info = checkpoint.read_info(path)
         check_start(info, self.config, self.fingerprint, str(path))
+        self.began_from = info["files"][checkpoint.MODULE]
         self.loader.go_on_after(info["data"])
         return path
 

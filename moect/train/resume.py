@@ -6,6 +6,7 @@ import dataclasses
 
 from moect.config import RunConfig, config_from_dict
 from moect.errors import CheckpointError, MoectError
+from moect.train.checkpoint import module_digest
 
 # what decides the meaning of the saved tensors or the order of the data: a difference is refused
 FIXED = (
@@ -36,7 +37,6 @@ FREE = (
 FREE_MOE = ("dispatch", "gate_threshold")
 # what decides which tensors train: another run can begin with them only where these are equal
 SHAPE = ("method", "moe", "lora")
-FREE_AT_START = (*FREE_MOE, "balance")
 
 
 def check_same_run(info: dict, config: RunConfig, fingerprint: str, where: str) -> list[str]:
@@ -52,17 +52,31 @@ def check_same_run(info: dict, config: RunConfig, fingerprint: str, where: str) 
         The allowed differences, as `key: then -> now`.
 
     Raises:
-        CheckpointError: another base, or a difference that cannot be resumed across.
+        CheckpointError: another base or start, or a difference that cannot be resumed across.
     """
     then = _config_then(info, config, fingerprint, where)
     changed = differences(then, config)
-    if refused := [k for k in changed if _under(k, FIXED) and k not in {f"moe.{name}" for name in FREE_MOE}]:
-        was, now = changed[refused[0]]
+    for key in fixed(changed, FIXED):
+        was, now = changed[key]
         raise CheckpointError(
-            f"{where}: made with {refused[0]}: {was!r}, the configuration says {now!r}; "
+            f"{where}: made with {key}: {was!r}, the configuration says {now!r}; "
             "change it back, or start a new run with name=…"
         )
     return [f"{key}: {was!r} -> {now!r}" for key, (was, now) in changed.items()]
+
+
+def check_same_start(info: dict, config: RunConfig, where: str) -> None:
+    """Whether a run that began from `model.start` did so from what that run has trained by now.
+
+    Raises:
+        CheckpointError: that run has gone on since.
+    """
+    now = module_digest(config.model.start) if config.model.start else None
+    if now and now != info.get("began_from"):
+        raise CheckpointError(
+            f"{where}: began from another state of {config.model.start} than its newest checkpoint; to go on as it "
+            "began, set model.start=null, else start a new run with name=…"
+        )
 
 
 def check_start(info: dict, config: RunConfig, fingerprint: str, where: str) -> None:
@@ -71,14 +85,24 @@ def check_start(info: dict, config: RunConfig, fingerprint: str, where: str) -> 
     Raises:
         CheckpointError: another base, method or module.
     """
-    changed = differences(_config_then(info, config, fingerprint, where), config)
-    allowed = {f"moe.{name}" for name in FREE_AT_START}
-    if refused := [key for key in changed if _under(key, SHAPE) and key not in allowed]:
-        was, now = changed[refused[0]]
+    check_shape(_config_then(info, config, fingerprint, where), config, where)
+
+
+def check_shape(then: RunConfig, config: RunConfig, where: str) -> None:
+    """CheckpointError unless what trains has the same names and shapes under both configurations."""
+    changed = differences(then, config)
+    for key in fixed(changed, SHAPE):
+        was, now = changed[key]
         raise CheckpointError(
-            f"{where}: cannot be the start of this run, it has {refused[0]}: {was!r} and the configuration says "
-            f"{now!r}; make them equal, or take another `model.start`"
+            f"{where}: cannot be the start of this run, it has {key}: {was!r} and the configuration says {now!r}; "
+            "make them equal, or take another `model.start`"
         )
+
+
+def fixed(changed: dict, keys: tuple[str, ...] = FIXED) -> list[str]:
+    """Those of the changed keys that lie under `keys` and may not change."""
+    allowed = {f"moe.{name}" for name in FREE_MOE}
+    return [key for key in changed if _under(key, keys) and key not in allowed]
 
 
 def differences(then: RunConfig, now: RunConfig) -> dict[str, tuple]:
