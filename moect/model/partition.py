@@ -1,8 +1,8 @@
 """Build a model whose parameters are divided among the ranks from the start: no rank ever holds it whole (ZeRO-3).
 
 A divided parameter is empty. DeepSpeed keeps this rank's piece of it in `ds_tensor` and its full shape in `ds_shape`,
-and gathers it where a forward pass needs it. The settings are DeepSpeed's, with the engine's thresholds: they decide which
-parameters stay whole in use. Every rank makes the same calls in the same order.
+and gathers it where a forward pass needs it. The settings are DeepSpeed's, with the engine's thresholds, which decide
+what stays whole in use. Every rank makes the same calls in the same order.
 """
 
 from __future__ import annotations
