@@ -13,7 +13,9 @@ from memory_worker import LiveBytes
 from small_runs import REPOSITORY, VOCABULARY, free_port
 from tiny import tiny_model
 
+from moect import distributed
 from moect.model.build import build_model
+from moect.train.engine import deepspeed_config, make_engine
 from moect.train.memory import memory_per_rank
 from moect.train.objective import Objective, StepCounts
 
@@ -65,10 +67,16 @@ def test_planned_memory_is_what_a_training_takes(wide, cases, ranks, accumulatio
     assert all(0.93 < ratio < 1.1 for ratio in ratios.values()), f"planned / measured: {ratios}"
 
 
-def test_deepspeed_s_own_size_of_a_bucket_is_planned_with(place):
+def test_the_bucket_is_as_large_as_what_trains_and_no_larger_than_deepspeed_s_own(place):
     config = place.config(train={"precision": "bf16", "zero_stage": 2})
-    buffers = memory_per_rank(config, build_model(config, meta=True), 2)["buffers"]
-    assert 2 * 500_000_000 < buffers < 2 * 500_000_000 + 2**20  # a bucket in bf16; the rest is as small as the model
+    distributed.start()
+    model = build_model(config)
+    trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    engine = make_engine(Objective(model, config), config.train, 1)
+    assert engine.optimizer.reduce_bucket_size == trains
+    engine.destroy()
+    assert memory_per_rank(config, model, 2)["buffers"] < 10 * trains
+    assert deepspeed_config(config.train, 2, 10**12)["zero_optimization"]["reduce_bucket_size"] == 500_000_000
 
 
 def test_zero_3_gathers_the_largest_module_whole(place):
