@@ -255,7 +255,9 @@ def _of_stage(override: str, names: list[str]) -> tuple[str | None, str]:
     """The stage that an override is for, None for all, and the override inside it."""
     if not override.startswith("stages."):
         return None, override
-    name, _, rest = override.removeprefix("stages.").partition(".")
+    name, dot, rest = override.removeprefix("stages.").partition(".")
+    if not dot or "=" in name:
+        raise ConfigError(f"override {override!r}: write stages.NAME.section.key=value")
     if rest.partition("=")[0] in (*OF_ALL, "name"):
         raise ConfigError(f"override {override!r}: that key is for all stages; leave the first two parts out")
     if name not in names:

@@ -97,6 +97,8 @@ def test_overrides_are_for_all_stages_or_for_the_one_they_name(place):
         ([{"name": "a", "model": {"base": "b"}}], ["stages.b.seed=1"], "no stage 'b'; the stages are a"),
         ([{"name": "a/b", "model": {"base": "b"}}], [], "plain folder name"),
         ([{"name": "a.b", "model": {"base": "b"}}], [], "a dot in the name"),
+        ([{"name": "a", "model": {"base": "b"}}], ["stages.a=3"], "write stages.NAME.section.key=value"),
+        ([{"name": "a", "model": {"base": "b"}}], ["stages.a=0.5"], "write stages.NAME.section.key=value"),
         ([{"name": "a", "model": {"base": "b"}}], ["stages.a.output=x"], "that key is for all stages"),
         ([{"name": "a", "model": {"base": "b"}}], ["name=../x"], "`name` is '../x'"),
         (

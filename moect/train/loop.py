@@ -23,6 +23,7 @@ from moect.data.loader import Loader, MicroBatch
 from moect.data.tokenizer import run_tokenizer
 from moect.errors import CheckpointError, TrainingError
 from moect.model.build import DTYPES, base_fingerprint, base_view, build_model, load_base_config
+from moect.model.partition import full_shape
 from moect.monitor.forgetting import ForgettingMonitor
 from moect.plan import make_plan, render
 from moect.train import checkpoint, state
@@ -259,9 +260,11 @@ class Run:
     def _find_checkpoint(self) -> tuple[Path | None, list[str]]:
         """The newest undamaged checkpoint, and what has changed since. One of another run is refused here, before
         anything is written."""
-        there = lambda: bool(checkpoint.list_checkpoints(self.folder / "checkpoints"))  # noqa: E731
-        path = distributed.on_main(lambda: checkpoint.find_checkpoint(self.folder) if there() else None)
-        if path is None:
+        folder = self.folder / "checkpoints"
+        path = distributed.on_main(
+            lambda: checkpoint.list_checkpoints(folder) and checkpoint.find_checkpoint(self.folder)
+        )
+        if not path:
             return None, []
         info = checkpoint.read_info(path)
         if info["step"] > self.config.train.steps:
@@ -315,7 +318,7 @@ class Run:
         self.loader.load_state_dict(position)
 
     def _check_tensors(self, tensors: dict, path: Path) -> None:
-        shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in state.trainable_parameters(self.engine)}
+        shapes = {name: full_shape(p) for name, p in state.trainable_parameters(self.engine)}
         shapes |= {f"{m}.{name}": shape for name, shape in shapes.items() for m in state.MOMENTS}
         shapes |= {name: buffer.shape for name, buffer in checkpoint.module_buffers(self.objective.model)}
         checkpoint.check_shapes(tensors, shapes, path)

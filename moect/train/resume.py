@@ -55,8 +55,8 @@ def check_same_run(info: dict, config: RunConfig, fingerprint: str, where: str) 
         CheckpointError: another base or start, or a difference that cannot be resumed across.
     """
     then = _config_then(info, config, fingerprint, where)
-    changed = differences(then, config)
-    for key in fixed(changed, FIXED):
+    changed = _differences(then, config)
+    if key := _refused(changed, FIXED):
         was, now = changed[key]
         raise CheckpointError(
             f"{where}: made with {key}: {was!r}, the configuration says {now!r}; "
@@ -90,8 +90,8 @@ def check_start(info: dict, config: RunConfig, fingerprint: str, where: str) -> 
 
 def check_shape(then: RunConfig, config: RunConfig, where: str) -> None:
     """CheckpointError unless what trains has the same names and shapes under both configurations."""
-    changed = differences(then, config)
-    for key in fixed(changed, SHAPE):
+    changed = _differences(then, config)
+    if key := _refused(changed, SHAPE):
         was, now = changed[key]
         raise CheckpointError(
             f"{where}: cannot be the start of this run, it has {key}: {was!r} and the configuration says {now!r}; "
@@ -99,13 +99,13 @@ def check_shape(then: RunConfig, config: RunConfig, where: str) -> None:
         )
 
 
-def fixed(changed: dict, keys: tuple[str, ...] = FIXED) -> list[str]:
-    """Those of the changed keys that lie under `keys` and may not change."""
+def _refused(changed: dict, keys: tuple[str, ...]) -> str | None:
+    """The first of the changed keys that lies under `keys` and may not change."""
     allowed = {f"moe.{name}" for name in FREE_MOE}
-    return [key for key in changed if _under(key, keys) and key not in allowed]
+    return next((key for key in changed if _under(key, keys) and key not in allowed), None)
 
 
-def differences(then: RunConfig, now: RunConfig) -> dict[str, tuple]:
+def _differences(then: RunConfig, now: RunConfig) -> dict[str, tuple]:
     """Keys that differ between two configurations, names and places left out, with both values."""
     was, is_ = _flat(then), _flat(now)
     return {key: (was[key], is_[key]) for key in is_ if was[key] != is_[key] and not _under(key, FREE)}
