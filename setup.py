@@ -11,6 +11,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["moect", "moect.*"]),
+    package_data={"moect.dispatch": ["csrc/*"], "moect.bench": ["*.cpp"]},  # compiled where they are used
     install_requires=[
         "datasets>=5,<6",
         "deepspeed>=0.19,<0.20",

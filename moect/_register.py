@@ -1,6 +1,6 @@
-"""Make `moect` models known to transformers' Auto classes, whichever of the two is imported first.
+"""Make our models and expert kernels known to transformers, whichever of the two packages is imported first.
 
-transformers keeps its registries in two modules that it loads on demand. Where one is loaded already, registering is a
+transformers keeps its registries in modules that it loads on demand. Where one is loaded already, registering is a
 call. Where it is not, a finder in front of `sys.meta_path` waits for it and registers once it has run, so that
 `import moect` itself loads nothing.
 """
@@ -13,7 +13,7 @@ from importlib.machinery import PathFinder
 
 
 def register() -> None:
-    """Register with the Auto classes now, or as soon as they are imported; a second call changes nothing."""
+    """Register with transformers' registries now, or as they are imported; a second call changes nothing."""
     for name, action in _ACTIONS.items():
         module = sys.modules.get(name)
         if module is not None and not getattr(module.__spec__, "_initializing", False):
@@ -54,7 +54,14 @@ def _register_model(modeling_auto) -> None:
     modeling_auto.AutoModelForCausalLM.register(MoectConfig, MoectForCausalLM, exist_ok=True)
 
 
+def _register_experts(moe) -> None:
+    from moect.dispatch.transformers_experts import NAME, moect_experts_forward
+
+    moe.ALL_EXPERTS_FUNCTIONS.register(NAME, moect_experts_forward)
+
+
 _ACTIONS = {
     "transformers.models.auto.configuration_auto": _register_config,
     "transformers.models.auto.modeling_auto": _register_model,
+    "transformers.integrations.moe": _register_experts,
 }

@@ -95,6 +95,19 @@ def report(arguments: argparse.Namespace) -> None:
     print(f"wrote {write_report(arguments.run_folder)}")
 
 
+def kernels(arguments: argparse.Namespace) -> None:
+    """Compile the expert kernels before their first use, into $MOECT_KERNELS or ~/.cache/moect/kernels."""
+    from moect.dispatch.extension import SOURCES, library, load
+    from moect.errors import DispatchError
+
+    for device in arguments.devices or ["cpu"]:
+        if device not in SOURCES:
+            raise DispatchError(f"no kernels for {device}: there are {', '.join(SOURCES)}")
+        if reason := load(device):
+            raise DispatchError(f"no kernels for {device}: {reason}")
+        print(f"{device}: {library(device)}")
+
+
 def compare(arguments: argparse.Namespace) -> None:
     """Print the last measurements of several runs side by side."""
     from moect.monitor.compare import MEASURES
@@ -102,6 +115,15 @@ def compare(arguments: argparse.Namespace) -> None:
 
     comparison = compare_runs(arguments.run_folders)
     print(f"{MEASURES[comparison.measure]}\n\n{comparison.table()}")
+
+
+def bench_dispatch(arguments: argparse.Namespace) -> None:
+    """Time the expert dispatch: our backends, transformers' experts and the floor, on the same tensors, in turns."""
+    from moect.bench.dispatch import read_options, run
+
+    given = ("device", "threads", "rounds", "seed", "skew", "output")
+    options = {name: getattr(arguments, name) for name in given}
+    run(read_options(arguments.shape, arguments.dtype, arguments.backend, **options))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -147,7 +169,44 @@ def _parser() -> argparse.ArgumentParser:
 
     made = command(compare)
     made.add_argument("run_folders", type=Path, nargs="+", metavar="RUN", help="folders of runs on the same texts")
+
+    made = command(kernels)
+    made.add_argument("devices", nargs="*", metavar="cpu|cuda", help="for which (default cpu)")
+
+    doc = "Measure what our own parts cost, beside their rivals and beside what the machine could do."
+    bench = commands.add_parser("bench", help=doc[0].lower() + doc[1:].rstrip("."), description=doc)
+    _add_bench_dispatch(bench.add_subparsers(required=True, metavar="PART"))
     return parser
+
+
+def _add_bench_dispatch(parts) -> None:
+    doc = bench_dispatch.__doc__
+    made = parts.add_parser(
+        "dispatch",
+        help=doc[0].lower() + doc[1:].rstrip("."),
+        description=doc,
+        epilog="example: moect bench dispatch --shape 2048,512,1024,8,2 --dtype bf16 --output dispatch.json",
+    )
+    made.set_defaults(run=bench_dispatch)
+    made.add_argument(
+        "--shape",
+        nargs="+",
+        metavar="T,D,F,E,K",
+        help="tokens, width, expert width, experts, experts a token (default: five for a CPU, two for a GPU)",
+    )
+    made.add_argument("--dtype", nargs="+", metavar="NAME", help="fp32, bf16, fp16 (default: fp32 bf16; on a GPU bf16)")
+    made.add_argument("--backend", nargs="+", metavar="NAME", help="which of ours (default: all)")
+    made.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    made.add_argument("--threads", type=_positive, help="CPU threads (default: PyTorch's own choice)")
+    made.add_argument("--rounds", type=_positive, help="default: what about 20 seconds allow, from 5 to 101")
+    made.add_argument("--seed", type=int, default=0, help="of tensors and routing (default 0)")
+    made.add_argument(
+        "--skew",
+        type=float,
+        default=0.0,
+        help="how uneven the routing is: 0 nearly balanced (default), 1 far from it",
+    )
+    made.add_argument("--output", type=Path, metavar="FILE.json", help="write all numbers there; never over a file")
 
 
 def _positive(text: str) -> int:

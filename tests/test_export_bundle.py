@@ -1,6 +1,7 @@
 """The modelling file beside the weights: complete, without moect, and the same function."""
 
 import ast
+import json
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 import moect
 from moect.export.bundle import MODULES, bundle
+from moect.model import modules_of
 
 LOAD_WITHOUT_MOECT = """
 import sys
@@ -53,6 +55,8 @@ def test_modelling_file_serves_every_family_and_variant_without_moect(tmp_path):
     folders.mkdir()
     for number, (name, variant) in enumerate(VARIANTS.items()):
         model = extended(FAMILIES[number % 4], variant, tie_word_embeddings=number % 3 == 0)
+        for moe in modules_of(model):
+            moe.experts.backend = "segments"  # what the file has; it differs from compiled kernels in the last bits
         folder = exported(model, folders / name)
         expected = {"ids": tokens(), "logits": logits(model, tokens())}
         with moect.base_only(model):
@@ -127,3 +131,16 @@ def test_imports_within_the_package_go_and_others_inside_functions_stay(tmp_path
     namespace = {}
     exec(text, namespace)
     assert namespace["two"]() == 2
+
+
+def test_the_kernels_that_trained_are_no_part_of_an_export(tmp_path):
+    model = extended("llama", {"dispatch": "cpu"})
+    folder = exported(model, tmp_path / "models" / "one")
+    assert json.loads((folder / "config.json").read_text())["moe"]["dispatch"] == "auto"
+    save_file({"ids": tokens(), "logits": logits(model, tokens()), "base": _base_logits(model)}, folder / "expected.st")
+    assert python(LOAD_WITHOUT_MOECT, tmp_path / "models", cwd=tmp_path, isolated=True) == "one 0 True"
+
+
+def _base_logits(model):
+    with moect.base_only(model):
+        return logits(model, tokens())

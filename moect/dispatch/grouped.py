@@ -14,7 +14,7 @@ from moect.errors import DispatchError
 
 
 def grouped_unavailable(x_TD: Tensor, gate_up_E2FD: Tensor) -> str | None:
-    """Why `grouped_mm` cannot serve tensors like these, or would be a loop; None where it is the fast path."""
+    """Why `grouped_mm` cannot take tensors like these; None where it can."""
     if not hasattr(torch.nn.functional, "grouped_mm"):
         return "torch has no grouped_mm before 2.10"
     if x_TD.dtype not in (torch.bfloat16, torch.float16, torch.float32):
@@ -23,17 +23,21 @@ def grouped_unavailable(x_TD: Tensor, gate_up_E2FD: Tensor) -> str | None:
     multiple = 16 // x_TD.element_size()
     if D % multiple or (F2 // 2) % multiple:
         return f"grouped_mm needs widths that are multiples of {multiple} in {x_TD.dtype}, got D={D}, F={F2 // 2}"
-    if x_TD.is_cuda:
-        if x_TD.dtype != torch.bfloat16:
-            return f"on a GPU grouped_mm is a loop in {x_TD.dtype}"
-        if torch.cuda.get_device_capability(x_TD.device) < (9, 0):
-            return "on a GPU before sm90 grouped_mm is a loop"
+    return None
+
+
+def grouped_loops(x_TD: Tensor) -> str | None:
+    """Why `grouped_mm` would be a loop that waits for the device, on a GPU; None where it is one kernel."""
+    if x_TD.dtype != torch.bfloat16:
+        return f"on a GPU grouped_mm is a loop in {x_TD.dtype}"
+    if torch.cuda.get_device_capability(x_TD.device) < (9, 0):
+        return "on a GPU before sm90 grouped_mm is a loop"
     return None
 
 
 def grouped(x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
     """See `moect.dispatch.dispatch`."""
-    if not x_TD.is_cuda and (reason := grouped_unavailable(x_TD, gate_up_E2FD)):
+    if reason := grouped_unavailable(x_TD, gate_up_E2FD):
         raise DispatchError(f"moe.dispatch: grouped cannot be used here: {reason}; use segments")
     E, _, F = down_EDF.shape
     order_N, token_N, counts_E = order_by_expert(indices_TK, E)

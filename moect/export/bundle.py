@@ -18,7 +18,7 @@ MODULES = (
     "dispatch/reference",
     "dispatch/segments",
     "dispatch/grouped",
-    "dispatch/__init__",
+    "dispatch/registry",
     "moe_config",
     "model/families",
     "model/record",

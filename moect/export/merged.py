@@ -145,7 +145,8 @@ def _empty_twin(model: nn.Module) -> nn.Module:
     """The model as `MoectForCausalLM`, shapes only: it lends its configuration and its way of saving."""
     from moect.model.modeling_moect import MoectConfig, MoectForCausalLM
 
-    config = MoectConfig(base_config=model.config.get_text_config(), moe=asdict(model.moe_config), dtype=model.dtype)
+    moe = replace(model.moe_config, dispatch="auto")  # no part of the model: what trained here need not be there
+    config = MoectConfig(base_config=model.config.get_text_config(), moe=asdict(moe), dtype=model.dtype)
     with torch.device("meta"):
         twin = MoectForCausalLM._from_config(config)
     twin.generation_config = model.generation_config

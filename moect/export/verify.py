@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from moect.errors import ExportError
-from moect.model.append import is_appended
+from moect.model.append import is_appended, modules_of
 
 BOUND = 1e-5
 
@@ -97,6 +97,8 @@ def _reload(folder: Path, model: nn.Module) -> nn.Module:
             raise ExportError(
                 f"{folder}: transformers reports {kind.replace('_', ' ')}, first {sorted(report[kind])[0]}"
             )
+    for ours, theirs in zip(modules_of(reloaded), modules_of(model), strict=True):
+        ours.experts.backend = theirs.experts.backend  # other kernels round otherwise
     return reloaded.to(model.device)
 
 

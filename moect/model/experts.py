@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moect.dispatch import dispatch
+from moect.dispatch import choose, dispatch
 
 
 class Experts(nn.Module):
@@ -17,12 +17,19 @@ class Experts(nn.Module):
     def __init__(self, experts: int, width: int, expert_width: int, backend: str = "auto"):
         super().__init__()
         self.backend = backend
+        self.shape = (experts, expert_width, width)
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * expert_width, width))
         self.down_proj = nn.Parameter(torch.empty(experts, width, expert_width))
 
     def forward(self, u_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The weighted sum of each token's experts, (T, D) in the dtype of u."""
         return dispatch(u_TD, indices_TK, weights_TK, self.gate_up_proj, self.down_proj, backend=self.backend)
+
+    def choose(self) -> str:
+        """The backend that will compute these experts where they are now; compiles its kernels, and logs the choice."""
+        E, F, D = self.shape
+        x_TD = self.down_proj.new_empty(0, D)
+        return choose(self.backend, x_TD, torch.empty(E, 2 * F, D, device="meta"))  # a divided parameter has no shape
 
     @torch.no_grad()
     def copy_from(self, ffn: nn.Module) -> None:

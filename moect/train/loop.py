@@ -343,6 +343,8 @@ class Run:
         print(render(self.plan), flush=True)
         (self.folder / "plan.json").write_text(json.dumps(self.plan, indent=1, ensure_ascii=False), encoding="utf-8")
         self.writer.add_text("config", f"```yaml\n{config_to_yaml(self.config)}```")
+        for moe in self.objective.modules_L[:1]:
+            moe.experts.choose()
 
     def _say(self, text: str) -> None:
         if self.main:

@@ -1,0 +1,244 @@
+"""`moect bench dispatch`: every backend, transformers' experts and the floor, on the same tensors, in one process.
+
+For each shape and dtype: who can take part, whether all of them compute what the obvious loop computes in float64 (on
+all tokens, gradients included), the peak memory of a forward and backward pass, and the times, in turns.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from moect.bench import cases, table
+from moect.bench.cases import Problem, Shape
+from moect.bench.contestants import Contestant, LeftOut, exact_results, of_backends, require_agreement
+from moect.bench.floor import Floor
+from moect.bench.machine import machine, versions
+from moect.bench.memory import peak_extra_bytes
+from moect.bench.peers import peers
+from moect.bench.turns import Times, dense_flops_per_second, take_turns
+from moect.dispatch import backends, choose
+from moect.errors import ConfigError
+
+log = logging.getLogger("moect.bench")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure; `read_options` checks and completes it."""
+
+    shapes: tuple[Shape, ...]
+    dtypes: tuple[str, ...]
+    backends: tuple[str, ...]
+    device: str
+    threads: int
+    rounds: int | None
+    seed: int
+    skew: float
+    output: Path | None
+
+    def command(self) -> str:
+        """The command that measures the same, with every default spelled out."""
+        words = ["moect", "bench", "dispatch", "--shape", *map(str, self.shapes), "--dtype", *self.dtypes]
+        words += ["--backend", *self.backends, "--device", self.device, "--threads", str(self.threads)]
+        words += ["--rounds", str(self.rounds)] if self.rounds else []
+        words += ["--seed", str(self.seed), "--skew", str(self.skew)]
+        return shlex.join(words + (["--output", str(self.output)] if self.output else []))
+
+
+def read_options(
+    shapes: list[str] | None = None,
+    dtypes: list[str] | None = None,
+    names: list[str] | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    rounds: int | None = None,
+    seed: int = 0,
+    skew: float = 0.0,
+    output: Path | None = None,
+) -> Options:
+    """The command line as options; what is None gets its default, which depends on the device.
+
+    Raises:
+        ConfigError: a shape, dtype, backend, device or output file that cannot be.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: PyTorch finds no GPU here; leave it out to measure on the CPU")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    usual = cases.CUDA_SHAPES if device == "cuda" else cases.CPU_SHAPES
+    dtypes = dtypes or (["bf16"] if device == "cuda" else ["fp32", "bf16"])
+    for known, given, flag in ((list(cases.DTYPES), dtypes, "--dtype"), (backends(), names or [], "--backend")):
+        for name in given:
+            if name not in known:
+                raise ConfigError(f"{flag} {name}: there are {', '.join(known)}")
+    if output is not None and output.exists():
+        raise ConfigError(f"--output {output}: the file exists and is not overwritten; give another name")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise ConfigError(f"--output {output}: there is no folder {output.absolute().parent}; make it first")
+    return Options(
+        shapes=tuple(dict.fromkeys(map(cases.parse_shape, shapes))) if shapes else usual,
+        dtypes=tuple(dict.fromkeys(dtypes)),
+        backends=tuple(dict.fromkeys(names or backends())),
+        device=device,
+        threads=threads or torch.get_num_threads(),
+        rounds=rounds,
+        seed=seed,
+        skew=skew,
+        output=output,
+    )
+
+
+def run(options: Options) -> dict:
+    """Measure, print tables and write the JSON file; returns what it holds.
+
+    Raises:
+        ConfigError: a shape that does not fit into the free memory.
+        DispatchError: a contestant that computes something else.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    try:
+        result = _measure(options)
+    finally:
+        torch.set_num_threads(threads)
+    if options.output is not None:
+        with options.output.open("x", encoding="utf-8") as file:
+            json.dump(result, file, indent=1)
+        print(f"\nwrote {options.output}")
+    return result
+
+
+def _measure(options: Options) -> dict:
+    result = {
+        "command": options.command(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": options.seed,
+        "skew": options.skew,
+        "device": options.device,
+        "versions": versions(),
+        "machine": machine(options.device),
+        "dense_bf16_flops_per_s": dense_flops_per_second("cuda") if options.device == "cuda" else None,
+    }
+    here = result["machine"]
+    software = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "transformers"))
+    print(f"{here.get('gpu', here['cpu'])}, CPU threads {here['threads']}, {software}, seed {options.seed}")
+    dense = result["dense_bf16_flops_per_s"]
+    if dense:
+        print(f"dense bf16 matrix product: {dense / 1e12:.0f} TFLOP/s")
+    measured, told = [], set()
+    for shape in options.shapes:
+        for dtype in options.dtypes:
+            records = _measure_case(options, shape, dtype, dense)
+            measured.append(records)
+            print(f"\n{_title(records)}\n{table.render_case(records)}", flush=True)
+            for record in records:
+                line = f"{record['contestant']} is left out: {record['reason']}"
+                if record["reason"] is not None and line not in told:
+                    told.add(line)
+                    print(line, flush=True)
+    print(f"\nforward and backward pass, what `auto` takes\n{table.render_closing(measured)}", flush=True)
+    return result | {"results": [record for records in measured for record in records]}
+
+
+def _title(records: list[table.Record]) -> str:
+    shape, segments = records[0]["shape"], records[0]["tokens_per_expert"]
+    named = ", ".join(f"{letter} {size}" for letter, size in shape.items())
+    least = f"output and gradients {records[0]['result_bytes'] / 2**20:.1f} MiB"
+    return f"{named}, {records[0]['dtype']}: {segments['fewest']} to {segments['most']} tokens an expert, {least}"
+
+
+def _measure_case(options: Options, shape: Shape, dtype: str, dense: float | None) -> list[table.Record]:
+    """The records of one shape and dtype: the floor's, our backends', transformers'."""
+    tell = _Progress(f"{shape} {dtype}")
+    needs, free = cases.needed_bytes(shape, dtype), cases.free_bytes(options.device)
+    if needs > free:
+        raise ConfigError(
+            f"--shape {shape} in {dtype} needs at least {needs / 2**30:.1f} GiB and the {options.device} has "
+            f"{free / 2**30:.1f} GiB free; give a smaller one"
+        )
+    problem = cases.make_problem(shape, dtype, options.device, options.seed, options.skew)
+    tell("checking against float64")
+    entrants = [*of_backends(list(options.backends), problem), *peers(problem)]
+    exact = exact_results(problem)
+    for entrant in entrants:
+        if isinstance(entrant, Contestant):
+            require_agreement(entrant, exact, problem)
+    del exact
+    tell("measuring memory")
+    memory = {c.name: peak_extra_bytes(c.forward_backward, options.device) for c in _taking_part(entrants)}
+    tell("warming up")
+    floor = Floor(problem)
+    contestants = [Contestant("floor", "floor", floor.forward, floor.forward_backward), *_taking_part(entrants)]
+    times = take_turns(contestants, options.device, options.rounds, tell=tell.round)
+    tell("")
+
+    auto = choose("auto", problem.x_TD, problem.gate_up_E2FD)
+    return [_record(entrant, problem, times, memory, auto, dense) for entrant in [contestants[0], *entrants]]
+
+
+def _taking_part(entrants: list[Contestant | LeftOut]) -> list[Contestant]:
+    return [entrant for entrant in entrants if isinstance(entrant, Contestant)]
+
+
+def _record(
+    entrant: Contestant | LeftOut,
+    problem: Problem,
+    times: dict[str, Times],
+    memory: dict[str, int | None],
+    auto: str,
+    dense: float | None,
+) -> table.Record:
+    """All that is known of one contestant on one problem; None where there is no such number."""
+    shape = problem.shape
+    counts = torch.bincount(problem.indices_TK.flatten().cpu(), minlength=shape.E)
+    record = {
+        "shape": shape._asdict(),
+        "dtype": problem.dtype_name,
+        "tokens_per_expert": {"fewest": counts.min().item(), "most": counts.max().item()},
+        "contestant": entrant.name,
+        "kind": entrant.kind,
+        "auto": entrant.name == auto,
+        "reason": entrant.reason if isinstance(entrant, LeftOut) else None,
+        "rounds": None,
+        "peak_extra_bytes": memory.get(entrant.name),
+        "result_bytes": problem.result_bytes,
+        "share_of_dense": None,
+    }
+    taken = times.get(entrant.name)
+    for key in ("forward", "forward_backward"):
+        flops = shape.flops(backward=key == "forward_backward")
+        values = getattr(taken, key) if taken else []
+        record[f"{key}_ms"] = median(values) if values else None
+        record[f"{key}_min_ms"] = min(values) if values else None
+        record[f"{key}_flops"] = flops
+        record[f"{key}_gflops_per_s"] = flops / median(values) / 1e6 if values else None
+    if taken:
+        record["rounds"] = taken.rounds
+        if dense:
+            record["share_of_dense"] = record["forward_backward_gflops_per_s"] * 1e9 / dense
+    return record
+
+
+class _Progress:
+    """One line on stderr that is written over again and again, for somebody who watches it."""
+
+    def __init__(self, case: str):
+        self.case = case
+        self.write: Callable[[str], object] = sys.stderr.write if sys.stderr.isatty() else lambda text: None
+
+    def __call__(self, what: str) -> None:
+        """What is done now; nothing clears the line."""
+        self.write(f"\r\033[K{self.case}: {what}" if what else "\r\033[K")
+        sys.stderr.flush()
+
+    def round(self, number: int, rounds: int, seconds: float) -> None:
+        self(f"round {number} of {rounds}, {seconds:.0f} s left")
