@@ -12,9 +12,7 @@
 
 #include <algorithm>
 #include <array>
-#include <functional>
-#include <numeric>
-#include <queue>
+#include <atomic>
 #include <tuple>
 #include <vector>
 
@@ -93,64 +91,56 @@ struct Segment {
   int64_t expert, start, count;
 };
 
-// Experts that all threads do together, one after another, and those that each thread does by itself.
+// Experts that all threads do together, one after another, and those that single threads take from a queue.
 struct Schedule {
-  std::vector<Segment> together, idle;
-  std::vector<std::vector<Segment>> apart;
-  std::vector<int64_t> workspace;  // first workspace row of each thread's own
-  int64_t rows = 0;                // of workspace in all
+  std::vector<Segment> together, queue, idle;
+  int64_t threads = 1;
+  int64_t rows = 0;  // of workspace: as many as the largest segment in the queue for each thread
 };
 
-// Longest first to the thread with least to do. An expert so large that this does not balance is done together, as are
-// those with so many rows that a product does well on all threads: then there is one workspace instead of one a thread.
+// Whether threads that each take the next segment when they are done with one end at about the same time.
+bool balanced(const std::vector<Segment>& queue, int64_t threads) {
+  constexpr double tolerated = 1.1;  // the greatest share over the mean, in rows
+  std::vector<int64_t> share(threads);
+  int64_t rows = 0;
+  for (const Segment& segment : queue) {
+    *std::min_element(share.begin(), share.end()) += segment.count;
+    rows += segment.count;
+  }
+  return *std::max_element(share.begin(), share.end()) * threads <= rows * tolerated;
+}
+
+// The queue is longest first. What would unbalance it is done together, as are segments with so many rows that a
+// product does well on all threads: then there is one workspace instead of one a thread.
 Schedule make_schedule(const Tensor& ends_E) {
-  constexpr double tolerated = 1.1;  // a thread's share over the mean
-  constexpr int64_t many = 1024;     // rows
+  constexpr int64_t many = 1024;  // rows
   Schedule schedule;
-  std::vector<Segment> active;
   const int32_t* end = ends_E.const_data_ptr<int32_t>();
   for (int64_t e = 0, start = 0; e < ends_E.numel(); start = end[e++]) {
-    (end[e] > start ? active : schedule.idle).push_back({e, start, end[e] - start});
+    const int64_t count = end[e] - start;
+    (count == 0 ? schedule.idle : count < many ? schedule.queue : schedule.together).push_back({e, start, count});
   }
-  std::stable_sort(active.begin(), active.end(), [](auto& a, auto& b) { return a.count > b.count; });
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  int64_t rest = std::accumulate(active.begin(), active.end(), int64_t(0), [](auto n, auto& s) { return n + s.count; });
-  size_t large = 0;
-  for (; large < active.size() && active[large].count >= many; large++) rest -= active[large].count;
-  for (; large < active.size() && threads > 1; rest -= active[large++].count) {
-    using Load = std::pair<int64_t, int64_t>;  // rows, thread
-    std::priority_queue<Load, std::vector<Load>, std::greater<>> loads;
-    for (int64_t t = 0; t < threads; t++) loads.push({0, t});
-    schedule.apart.assign(threads, {});
-    int64_t most = 0;
-    for (size_t i = large; i < active.size(); i++) {
-      auto [rows, thread] = loads.top();
-      loads.pop();
-      schedule.apart[thread].push_back(active[i]);
-      most = std::max(most, rows + active[i].count);
-      loads.push({rows + active[i].count, thread});
-    }
-    if (most * threads <= rest * tolerated) break;
-    schedule.apart.clear();
+  schedule.threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  std::vector<Segment>&queue = schedule.queue, &together = schedule.together;
+  std::stable_sort(queue.begin(), queue.end(), [](auto& a, auto& b) { return a.count > b.count; });
+  while (!queue.empty() && (schedule.threads == 1 || !balanced(queue, schedule.threads))) {
+    together.push_back(queue.front());
+    queue.erase(queue.begin());
   }
-  if (schedule.apart.empty()) large = active.size();
-  schedule.together.assign(active.begin(), active.begin() + large);
-  for (auto& own : schedule.apart) {
-    schedule.workspace.push_back(schedule.rows);
-    if (!own.empty()) schedule.rows += own.front().count;  // the largest
-  }
-  if (large) schedule.rows = std::max(schedule.rows, active.front().count);
+  for (const Segment& segment : together) schedule.rows = std::max(schedule.rows, segment.count);
+  if (!queue.empty()) schedule.rows = std::max(schedule.rows, queue.front().count * schedule.threads);
   return schedule;
 }
 
-// Call work(segment, first workspace row) for every segment.
+// Call work(segment, first workspace row) for every segment. Which thread takes which changes no result.
 template <class Work>
 void run(const Schedule& schedule, const Work& work) {
   for (const Segment& segment : schedule.together) work(segment, 0);
-  at::parallel_for(0, schedule.apart.size(), 1, [&](int64_t first, int64_t last) {
+  std::atomic<size_t> next{0};
+  at::parallel_for(0, schedule.queue.empty() ? 0 : schedule.threads, 1, [&](int64_t first, int64_t last) {
     at::AutoDispatchBelowADInplaceOrView guard;  // as in the thread that called; threads do not inherit it
-    for (int64_t t = first; t < last; t++) {
-      for (const Segment& segment : schedule.apart[t]) work(segment, schedule.workspace[t]);
+    for (size_t i; first < last && (i = next++) < schedule.queue.size();) {
+      work(schedule.queue[i], first * schedule.queue.front().count);
     }
   });
 }
