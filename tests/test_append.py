@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import FAMILIES, disturb, logits, tiny_model, tokens
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from moect.errors import ConfigError, MoectError, UnsupportedModelError
 from moect.model import ForwardRecord, MoeConfig, append_moe, base_only, module_state, modules_of, remove_moe
@@ -240,6 +241,26 @@ def test_hard_language_gate_leaves_closed_tokens_to_the_base_bitwise():
     record = ForwardRecord()
     assert torch.equal(logits(model, ids, moect_record=record), expected)
     assert record.blocks == {}  # no token, no expert work
+
+
+@pytest.mark.parametrize("backend", ["cpu", "segments"])
+def test_a_token_that_the_gate_has_closed_costs_no_expert_operation(backend):
+    D, F, E, K = 32, 24, 4, 2
+    config = MoeConfig(fusion="add", language_gate=True, width=F, experts=E, top_k=K, dispatch=backend)
+    model = append_moe(tiny_model(), config)
+    disturb(model)
+    ids = tokens(4, 12)
+    logits(model, ids)  # loads the kernels: a counter knows only operators that were there before it
+    record = ForwardRecord()
+    with FlopCounterMode(display=False) as counted:
+        logits(model, ids, moect_record=record)
+    with FlopCounterMode(display=False) as of_base, base_only(model):
+        logits(model, ids)
+    opened, blocks = (record.gate_logit_T > 0).sum().item(), 3
+    assert 0 < opened < ids.numel()
+    gate = 2 * ids.numel() * (D * D + D)
+    appended = blocks * opened * 2 * (D * E + K * 3 * D * F)
+    assert counted.get_total_flops() == of_base.get_total_flops() + gate + appended
 
 
 def test_language_gate_sees_frozen_features_and_the_past_only():

@@ -58,7 +58,7 @@ def unavailable(name: str, x_TD: Tensor, gate_up_E2FD: Tensor) -> str | None:
 
 
 def choose(name: str, x_TD: Tensor, gate_up_E2FD: Tensor) -> str:
-    """The backend that `name` means for tensors like these; it is logged once, with the reasons against better ones.
+    """The backend that `name` means for tensors like these; what `auto` takes is logged once, with its reasons.
 
     On a CPU that is `cpu` where it can be compiled; on a GPU `cuda`, else `grouped` where it is fast; else `segments`.
     Only shapes, dtypes and the device of `x_TD` are looked at.
@@ -66,11 +66,9 @@ def choose(name: str, x_TD: Tensor, gate_up_E2FD: Tensor) -> str:
     Raises:
         DispatchError: no backend of that name.
     """
-    where = f"on {x_TD.device.type} in {str(x_TD.dtype)[6:]}"
     if name != "auto":
         if name not in _BACKENDS:
             raise DispatchError(f"moe.dispatch: no backend `{name}`; there are auto, {', '.join(_BACKENDS)}")
-        _tell_once(f"experts by `{name}` {where}, as configured")
         return name
     chosen, reasons = "segments", []
     for candidate in _AUTO.get(x_TD.device.type, ()):
@@ -83,7 +81,7 @@ def choose(name: str, x_TD: Tensor, gate_up_E2FD: Tensor) -> str:
             chosen = candidate
             break
         reasons.append(f"not `{candidate}`: {reason}")
-    _tell_once("; ".join([f"experts by `{chosen}` {where}", *reasons]))
+    _tell_once("; ".join([f"experts by `{chosen}` on {x_TD.device.type} in {str(x_TD.dtype)[6:]}", *reasons]))
     return chosen
 
 

@@ -344,7 +344,9 @@ class Run:
         (self.folder / "plan.json").write_text(json.dumps(self.plan, indent=1, ensure_ascii=False), encoding="utf-8")
         self.writer.add_text("config", f"```yaml\n{config_to_yaml(self.config)}```")
         for moe in self.objective.modules_L[:1]:
-            moe.experts.choose()
+            name = moe.experts.choose()  # says itself what `auto` takes
+            if self.config.moe.dispatch != "auto":
+                self._say(f"experts by `{name}`, as configured")
 
     def _say(self, text: str) -> None:
         if self.main:
