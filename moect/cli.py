@@ -97,12 +97,15 @@ def report(arguments: argparse.Namespace) -> None:
 
 def kernels(arguments: argparse.Namespace) -> None:
     """Compile the expert kernels before their first use, into $MOECT_KERNELS or ~/.cache/moect/kernels."""
-    from moect.dispatch.extension import SOURCES, library, load
+    from moect.dispatch.build import SOURCES
+    from moect.dispatch.extension import library, load
     from moect.errors import DispatchError
 
-    for device in arguments.devices or ["cpu"]:
+    devices = dict.fromkeys(arguments.devices or ["cpu"])
+    for device in devices:
         if device not in SOURCES:
             raise DispatchError(f"no kernels for {device}: there are {', '.join(SOURCES)}")
+    for device in devices:
         if reason := load(device):
             raise DispatchError(f"no kernels for {device}: {reason}")
         print(f"{device}: {library(device)}")

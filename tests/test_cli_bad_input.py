@@ -161,6 +161,7 @@ TABLE = {
         ["monitor.stride is 9", "lower monitor.stride"],
     ),
     "an unknown dispatch": (change("moe", dispatch="warp"), ["moe.dispatch", "warp"]),
+    "a dispatch that cannot be used here": (change("moe", dispatch="cuda"), ["moe.dispatch", "the tokens are on cpu"]),
 }
 
 

@@ -6,9 +6,11 @@ import random
 import pytest
 import torch
 from dispatch_problems import problem, relative, run
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from moect.dispatch import backends, choose, dispatch, register, unavailable
+from moect.dispatch import backends, choose, dispatch, register, registry, unavailable
+from moect.dispatch.extension import load
 from moect.errors import DispatchError
 
 SHAPES = [  # T, D, F, E, K
@@ -74,31 +76,94 @@ def test_an_expert_without_tokens_gets_an_exactly_zero_gradient(backend):
         assert (grad[[0, 1, 3]] == 0).all()
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("backend", FAST)
-def test_two_runs_give_the_same_bits(backend, threads):
-    args = problem(64, 32, 16, 8, 2, torch.float32)
+@pytest.fixture
+def threads():
+    """Sets the number of threads, and sets it back."""
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        assert all(torch.equal(a, b) for a, b in zip(run(backend, *args), run(backend, *args), strict=True))
-    finally:
-        torch.set_num_threads(before)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(64, 32, 16, 8, 2), (24, 13, 9, 8, 1), (48, 512, 257, 16, 1)], ids=str)
+@pytest.mark.parametrize("backend", ["segments", "grouped", "cpu"])
+def test_the_same_input_gives_the_same_bits_whichever_thread_takes_which_expert(backend, shape, number, threads):
+    args = problem(*shape, torch.float32)
+    if unavailable(backend, args[0], args[3]):
+        pytest.skip("not for these widths")
+    threads(number)
+    first = run(backend, *args)
+    for _ in range(30 if backend == "cpu" else 3):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(backend, *args), strict=True))
 
 
 @pytest.mark.parametrize("tokens_of_first", [0, 60, 300], ids=["even", "uneven", "all-on-one"])
-def test_any_number_of_threads_shares_out_the_experts_without_changing_the_result(tokens_of_first):
-    x, indices, w, up, down = args = problem(300, 24, 40, 7, 2, torch.float32)
+@pytest.mark.parametrize(
+    ("dtype", "bound"),
+    [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)],
+    ids=["fp64", "fp32", "bf16", "fp16"],
+)
+def test_any_number_of_threads_shares_out_the_experts_without_changing_the_result(
+    tokens_of_first, dtype, bound, threads
+):
+    x, indices, w, up, down = args = problem(300, 24, 40, 7, 2, dtype)
     indices[:tokens_of_first] = torch.tensor([3, 3])
     expected = exact(args)
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 5, 9):
-            torch.set_num_threads(threads)
-            for got, truth in zip(run("cpu", *args), expected, strict=True):
-                assert relative(got, truth) < 1e-6
-    finally:
-        torch.set_num_threads(before)
+    for number in (1, 2, 5, 9):
+        threads(number)
+        for got, truth in zip(run("cpu", *args), expected, strict=True):
+            assert relative(got, truth) < bound
+
+
+def test_a_long_segment_is_done_by_all_threads_together_and_the_short_ones_apart(threads):
+    x, indices, w, up, down = args = problem(2600, 16, 24, 9, 1, torch.float32)
+    indices[:1100] = 4
+    expected = exact(args)
+    for number in (1, 2, 4):
+        threads(number)
+        assert all(relative(a, b) < 1e-6 for a, b in zip(run("cpu", *args), expected, strict=True))
+
+
+def test_inference_mode_is_served_on_several_threads(threads):
+    args = [t.detach() for t in problem(60, 16, 24, 5, 2, torch.float32)]
+    threads(3)
+    with torch.inference_mode():
+        y = dispatch(*args, backend="cpu")
+    assert relative(y, dispatch(*args, backend="reference").double()) < 1e-6
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_extreme_gates_are_as_in_the_loop(backend):
+    """silu is 0 far below zero and x far above; nothing overflows on the way."""
+    gates = torch.tensor([-1e38, -1e4, -100.0, -89.0, -88.5, -88.0, -87.0, -50.0, 0.0, 50.0, 88.0, 89.0, 1e4, 1e18])
+    x = torch.zeros(len(gates), 8)
+    x[:, 0], x[:, 1] = gates, 1.0
+    up = torch.zeros(1, 16, 8)
+    up[0, :8, 0], up[0, 8:, 1] = 1.0, 1.0  # gate = x_0, up = 1
+    down = torch.zeros(1, 8, 8)
+    down[0, 0, 0] = 1.0
+    args = (x, torch.zeros(len(gates), 1).long(), torch.ones(len(gates), 1))
+    got, truth = (dispatch(*args, up, down, backend=b)[:, 0] for b in (backend, "reference"))
+    assert (got - truth).abs().le(1e-6 * truth.abs() + 1e-30).all()
+
+
+@pytest.mark.parametrize("backend", ["segments", "cpu", "cuda"])
+def test_differentiating_twice_is_refused_and_not_silently_wrong(backend, monkeypatch):
+    monkeypatch.setitem(registry._UNAVAILABLE, "cuda", lambda x, up: load("cpu"))
+    x, indices, w, up, down = problem(6, 16, 8, 3, 2, torch.float32)
+    y = dispatch(x, indices, w, up, down, backend=backend)
+    with pytest.raises(DispatchError, match="differentiated twice"):
+        torch.autograd.grad(y.square().sum(), x, create_graph=True)
+
+
+def test_grouped_can_be_differentiated_twice():
+    second = []
+    for backend in ("grouped", "reference"):
+        x, indices, w, up, down = problem(6, 16, 8, 3, 2, torch.float32)
+        y = dispatch(x, indices, w, up, down, backend=backend)
+        (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        second.append(torch.autograd.grad(g.square().sum() + y.square().sum(), (x, w, up, down)))
+    assert all(relative(a, b) < 1e-5 for a, b in zip(*second, strict=True))
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (0, 3), (1, 2)], ids=str)
@@ -116,11 +181,28 @@ def test_only_wanted_gradients_are_computed_and_they_are_the_same(backend, wante
 
 def test_without_gradients_the_result_has_the_same_bits_and_nothing_is_kept():
     args = problem(40, 16, 24, 4, 2, torch.bfloat16)
-    with torch.no_grad():
+    bare = [t.detach() for t in args]
+    with Outputs() as with_grad:
         y = dispatch(*args, backend="cpu")
-        kept = [t.numel() for t in torch.ops.moect.experts(*args, False)[1:2]]
-    assert torch.equal(y, dispatch(*args, backend="cpu")) and not y.requires_grad
-    assert kept == [0]
+    for inputs, mode in ((args, torch.no_grad()), (bare, torch.enable_grad())):
+        with mode, Outputs() as without_grad:
+            again = dispatch(*inputs, backend="cpu")
+        assert torch.equal(y, again) and not again.requires_grad
+        assert with_grad.kept == [80 * 48] and without_grad.kept == [0]
+
+
+class Outputs(TorchDispatchMode):
+    """How many numbers of h the compiled operator returned, for each call."""
+
+    def __enter__(self):
+        self.kept = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.moect.experts.default:
+            self.kept.append(out[1].numel())
+        return out
 
 
 def test_weights_of_either_dtype_are_taken_and_their_gradient_is_of_that_dtype():
@@ -203,8 +285,6 @@ def test_the_compiled_operator_itself_refuses_an_index_out_of_range():
 
 
 def test_the_choice_is_logged_once_with_its_reason(caplog, monkeypatch):
-    from moect.dispatch import registry
-
     monkeypatch.setattr(registry, "_told", set())
     monkeypatch.setitem(registry._UNAVAILABLE, "cpu", lambda x, up: "there is no compiler")
     x, _, _, up, _ = problem(4, 16, 8, 3, 2, torch.float32)
@@ -218,9 +298,44 @@ def test_backends_say_why_they_cannot_take_tensors():
     assert unavailable("segments", x, up) is None
     assert "multiples of 4" in unavailable("grouped", x, up)
     assert "on meta" in unavailable("cpu", x.to("meta"), up)
+    with pytest.raises(DispatchError, match="no backend `fast`"):
+        unavailable("fast", x, up)
 
 
-def test_a_registered_backend_is_used():
+def test_a_backend_that_was_asked_for_and_cannot_serve_is_an_error_with_the_reason():
+    x, indices, w, up, down = problem(4, 17, 8, 3, 2, torch.float32)
+    with pytest.raises(DispatchError, match="`grouped` cannot be used here: .*multiples of 4.*; use auto"):
+        dispatch(x, indices, w, up, down, backend="grouped")
+    with pytest.raises(DispatchError, match="`cuda` cannot be used here: the tokens are on cpu; use auto"):
+        dispatch(x, indices, w, up, down, backend="cuda")
+    x, indices, w, up, down = problem(4, 16, 8, 3, 2, torch.float32)
+    strided = up.transpose(1, 2).contiguous().transpose(1, 2)
+    with pytest.raises(DispatchError, match="grouped_mm needs experts that are contiguous"):
+        dispatch(x, indices, w, strided, down, backend="grouped")
+
+
+def test_operators_called_by_themselves_refuse_tensors_that_do_not_fit():
+    x, indices, w, up, down = (t.detach() for t in problem(4, 16, 8, 3, 2, torch.float32))
+    dispatch(x, indices, w, up, down, backend="cpu")
+    for wrong in (
+        (x, indices, w[:1], up, down),
+        (x[:2], indices, w, up, down),
+        (x, indices, w, up[:, :-1], down),
+        (x, indices.int(), w, up, down),
+        (x, indices, w, up.bfloat16(), down),
+    ):
+        with pytest.raises(ValueError, match="moect: expected"):
+            torch.ops.moect.experts(*wrong, True)
+    saved = torch.ops.moect.experts(x, indices, w, up, down, True)[1:]
+    with pytest.raises(ValueError, match="as the forward pass left them"):
+        torch.ops.moect.experts_backward(x[:, :8], x, w, up, down, *saved, [True] * 4)
+    with pytest.raises(ValueError, match="as the forward pass left them"):
+        torch.ops.moect.experts_backward(x, x, w, up, down, saved[0][:2], *saved[1:], [True] * 4)
+
+
+def test_a_registered_backend_is_used(monkeypatch):
+    for name in ("_BACKENDS", "_UNAVAILABLE"):
+        monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
     calls = []
 
     def mine(x, *rest):
@@ -231,4 +346,6 @@ def test_a_registered_backend_is_used():
     x, indices, w, up, down = problem(4, 16, 8, 3, 2, torch.float32)
     assert dispatch(x, indices, w, up, down, backend="mine") is x
     assert calls == [(4, 16)] and "mine" in backends()
+    with pytest.raises(DispatchError, match="cannot have the name `auto`"):
+        register("auto", mine)
     assert unavailable("mine", x, up) is None and unavailable("mine", x[:, :3], up) == "too odd"

@@ -20,9 +20,10 @@ from torch.nn.functional import silu
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 from torch.utils.flop_counter import FlopCounterMode
 
-from moect.dispatch import backends, unavailable
-from moect.dispatch.cuda import cuda
-from moect.dispatch.extension import CSRC, NVCC_FLAGS, load
+from moect.dispatch import backends, registry, unavailable
+from moect.dispatch.build import CSRC, NVCC_FLAGS
+from moect.dispatch.cuda import cuda, cuda_unavailable
+from moect.dispatch.extension import load
 
 OPS = torch.ops.moect
 DTYPES = [
@@ -44,9 +45,10 @@ CHUNK = 512  # assignments that a block sorts
 
 
 @pytest.fixture(autouse=True)
-def kernels():
+def kernels(monkeypatch):
     if reason := load("cpu"):
         pytest.skip(reason)
+    monkeypatch.delitem(registry._UNAVAILABLE, "cuda")  # it is refused on a CPU, being slow there
 
 
 def rand(*shape, seed=0, dtype=torch.float64):
@@ -276,16 +278,25 @@ def test_two_runs_give_the_same_bits():
 
 
 @pytest.mark.parametrize("wanted", ["x", "w", "up", "down", "x up"])
-def test_only_the_gradients_that_are_wanted_are_computed(wanted):
+def test_only_the_gradients_that_are_wanted_are_computed(wanted, monkeypatch):
     tensors = dict(zip(("x", "indices", "w", "up", "down"), problem(40, 16, 8, 4, 2, torch.float32), strict=True))
     all_grads = dict(zip(("x", "w", "up", "down"), run("cuda", *tensors.values())[1:], strict=True))
     for name, tensor in tensors.items():
         tensor.requires_grad_(name in wanted.split())
+    computed = []
+    module = sys.modules[cuda.__module__]
+
+    def counting(*inputs, make=module._product):
+        product = make(*inputs)
+        return lambda a, b: computed.append(a.shape) or product(a, b)
+
+    monkeypatch.setattr(module, "_product", counting)
     y = cuda(*tensors.values())
     target = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
     with FlopCounterMode(display=False) as counter:
         grads = torch.autograd.grad((y * target).sum(), [tensors[name] for name in wanted.split()])
     assert all(torch.equal(g, all_grads[name]) for g, name in zip(grads, wanted.split(), strict=True))
+    assert len(computed) == 2 + 1 + len(set(wanted.split()) - {"w"})  # forward, da, and one for each but the weights
     products = 1 + sum({"x": 2, "up": 2, "down": 1, "w": 0}[name] for name in wanted.split())
     assert counter.get_total_flops() == products * 2 * 80 * 16 * 8
 
@@ -398,18 +409,49 @@ def test_on_a_gpu_every_backend_agrees_with_the_loop_in_float64(shape, dtype):
     for backend in backends():
         if not unavailable(backend, args[0], args[3]):
             assert_close([t.cpu() for t in run(backend, *args)], expected, bound)
-    assert unavailable("cuda", args[0], args[3]) is None
+    assert cuda_unavailable(args[0], args[3]) is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_on_a_gpu_the_parts_give_the_bits_that_the_cpu_gives():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("width", [7, 264])
+def test_on_a_gpu_each_part_gives_what_it_gives_on_a_cpu(width, dtype):
+    """Order and copies to the bit; sums and activations but for the rounding of fused multiply-adds and of e^x."""
     assert load("cuda") is None
-    indices = route(3000, 256, 8)
+    bound = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float64: 1e-14}[dtype]
+    T, E, K = 3000, 256, 8
+    indices = route(T, E, K)
     indices[::7, 3] = -1
-    order = OPS.sort_by_expert(indices, 256)
-    assert all(torch.equal(a.cpu(), b) for a, b in zip(OPS.sort_by_expert(indices.cuda(), 256), order, strict=True))
-    x = rand(3000, 264, dtype=torch.bfloat16)
-    rows = OPS.permute(x, order[1], 8)
-    assert torch.equal(OPS.permute(x.cuda(), order[1].cuda(), 8).cpu(), rows)
-    summed = OPS.combine(rows.cuda(), order[1].cuda(), None, 8).cpu()
-    assert torch.equal(summed.isnan(), OPS.combine(rows, order[1], None, 8).isnan())
+    source, position, _ = order = OPS.sort_by_expert(indices, E)
+    on_gpu = OPS.sort_by_expert(indices.cuda(), E)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(on_gpu, order, strict=True))
+    x, weights = rand(T, width, dtype=dtype), rand(T, K, seed=1).float()
+    rows, h = OPS.permute(x, position, K), rand(T * K, 2 * width, seed=2, dtype=dtype)
+    assert torch.equal(OPS.permute(x.cuda(), position.cuda(), K).cpu(), rows)
+    for name, *inputs in (
+        ("combine", rows, position, None, K),
+        ("combine", rows, position, weights, K),
+        ("combine_backward", x, rows, position, weights),
+        ("swiglu", h),
+        ("swiglu_backward", rows, h, weights, source),
+    ):
+        expected = getattr(OPS, name)(*inputs)
+        got = getattr(OPS, name)(*(t.cuda() if isinstance(t, torch.Tensor) else t for t in inputs))
+        pairs = zip(got, expected, strict=True) if isinstance(expected, tuple) else [(got, expected)]
+        for g, e in pairs:
+            assert torch.equal(g.isnan().cpu(), e.isnan())
+            assert relative(g.cpu().nan_to_num(), e.double().nan_to_num()) < bound, name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_on_a_gpu_the_host_never_waits_where_grouped_products_are_one_kernel():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("only on sm90 they are")
+    args = [t.detach().cuda().requires_grad_(t.requires_grad) for t in problem(256, 64, 32, 8, 2, torch.bfloat16)]
+    run("cuda", *args)  # builds and loads
+    y = cuda(*args)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        cuda(*args).backward(torch.ones_like(y))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

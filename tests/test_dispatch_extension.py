@@ -18,9 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = """
 import sys, logging
 from pathlib import Path
-from moect.dispatch import extension
+from moect.dispatch import build, extension
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-extension.CSRC, extension.SOURCES, extension._define = Path(sys.argv[1]), {"cpu": ("small.cpp",)}, lambda device: None
+build.CSRC = extension.CSRC = Path(sys.argv[1])
+build.SOURCES = extension.SOURCES = {"cpu": ("small.cpp",)}
+extension._define = lambda device: None
 print(extension.load("cpu"))
 """
 
@@ -86,6 +88,32 @@ def test_a_build_that_was_killed_is_begun_again(small, tmp_path):
     killed.stdout.close()
     os.kill(int((tmp_path / "at-work").read_text()), signal.SIGKILL)
     assert output(SMALL, small, MOECT_KERNELS=tmp_path / "kernels").endswith("None\n")
+    assert [path.suffix for path in sorted((tmp_path / "kernels").iterdir())] == [".lock", ".so"]
+
+
+def test_threads_that_start_together_load_once(small, tmp_path):
+    threads = SMALL.replace(
+        'print(extension.load("cpu"))',
+        "import threading, time\n"
+        "defined = []\n"
+        "extension._define = lambda device: (time.sleep(0.2), defined.append(device))\n"
+        "threads = [threading.Thread(target=extension.load, args=('cpu',)) for _ in range(4)]\n"
+        "[thread.start() for thread in threads]\n"
+        "[thread.join() for thread in threads]\n"
+        "print(defined)",
+    )
+    assert output(threads, small, MOECT_KERNELS=tmp_path / "kernels").endswith("['cpu']\n")
+
+
+def test_an_empty_variable_names_no_compiler_and_options_in_it_are_refused(small, tmp_path):
+    assert output(SMALL, small, MOECT_KERNELS=tmp_path / "kernels", CXX="").endswith("None\n")
+    text = output(SMALL, small, MOECT_KERNELS=tmp_path / "others", CXX="g++ -O1")
+    assert text == "CXX is `g++ -O1`, and torch takes a compiler without options there\n"
+
+
+def test_a_compiler_that_only_fails_is_a_reason_and_no_traceback(tmp_path):
+    text = output(DISPATCH, MOECT_KERNELS=tmp_path, CXX="false")
+    assert "not `cpu`: compiling it failed: " in text and "torch.Size([2, 4])" in text
 
 
 def test_without_a_compiler_segments_serve_and_the_log_says_so(tmp_path):
@@ -105,7 +133,8 @@ def test_a_build_that_fails_names_the_error_and_keeps_the_output(small, tmp_path
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     text = output(DISPATCH, MOECT_KERNELS=tmp_path / "file" / "kernels")
-    assert "not `cpu`: Not a directory (" in text and "torch.Size([2, 4])" in text
+    assert re.search(r"not `cpu`: Not a directory \(.*\); set MOECT_KERNELS to a folder that can be written", text)
+    assert "torch.Size([2, 4])" in text
 
 
 def test_a_damaged_library_is_named_and_not_fatal(tmp_path, monkeypatch):

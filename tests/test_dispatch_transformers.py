@@ -77,6 +77,17 @@ def test_experts_that_our_kernels_do_not_compute_are_refused_by_name():
             changed(IDS)
 
 
+def test_a_gate_of_its_own_is_seen_through_a_subclass():
+    """FSDP replaces the class of a module by a subclass."""
+    model = stock("qwen3_moe")
+    model.set_experts_implementation("moect")
+    experts = model.model.layers[0].mlp.experts
+    own = type("Own", (type(experts),), {"_apply_gate": lambda self, gate_up: gate_up})
+    experts.__class__ = type("FSDPOwn", (own,), {})
+    with pytest.raises(DispatchError, match="FSDPOwn: .*a gate of their own"):
+        model(IDS)
+
+
 def test_gpt_oss_with_its_own_gate_is_refused():
     model = stock("gpt_oss")
     model.set_experts_implementation("moect")

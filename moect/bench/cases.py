@@ -128,11 +128,3 @@ def needed_bytes(shape: Shape, dtype_name: str) -> int:
     T, D, F, E, _ = shape
     weights, activations = 3 * E * D * F, shape.N * (3 * D + 6 * F)
     return (weights + activations) * DTYPES[dtype_name].itemsize + (2 * weights + activations) * 8
-
-
-def free_bytes(device: str) -> int:
-    """Memory that can still be had on a device."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    with open("/proc/meminfo", encoding="ascii") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))

@@ -3,8 +3,9 @@
     forward    h = x gate_up^T,  y = a down^T
     backward   d_down = dy^T a,  da = dy down,  d_gate_up = dh^T x,  dx = dh gate_up
 
-The inputs are gathered, and a and dh computed, before anything is timed; the outputs have their place already. So the
-floor has no gather, no activation, no combination and no allocation: what is above it is the price of those.
+The inputs are gathered, and a and dh computed, before anything is timed; the outputs have their place already, on large
+pages where the system has them. So the floor has no gather, no activation, no combination, no allocation and no page
+fault: what is above it is the price of those.
 
 T tokens, K experts per token, E experts, D width, F expert width, N = T·K assignments in the order of their experts
 """
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from moect.bench.cases import Problem
+from moect.bench.large_pages import zeros
 from moect.dispatch.sorting import order_by_expert
 
 
@@ -37,20 +39,22 @@ class Floor:
         starts = [0, *ends[:-1]]
         self.segments = [(e, slice(a, b)) for e, (a, b) in enumerate(zip(starts, ends, strict=True)) if b > a]
 
-        self.x_ND = problem.x_TD[self.token_N]
-        new = self.x_ND.new_empty
         N = len(order_N)
-        self.h_N2F, self.y_ND, self.da_NF, self.dx_ND = new(N, 2 * F), new(N, D), new(N, F), new(N, D)
-        self.d_gate_up_E2FD, self.d_down_EDF = new(E, 2 * F, D).zero_(), new(E, D, F).zero_()
+        shapes = {"x_ND": (N, D), "a_NF": (N, F), "dy_ND": (N, D), "dh_N2F": (N, 2 * F)}
+        shapes |= {"h_N2F": (N, 2 * F), "y_ND": (N, D), "da_NF": (N, F), "dx_ND": (N, D)}
+        shapes |= {"d_gate_up_E2FD": (E, 2 * F, D), "d_down_EDF": (E, D, F)}
+        for name, tensor in zip(shapes, zeros(problem.x_TD, *shapes.values()), strict=True):
+            setattr(self, name, tensor)
 
+        self.x_ND.copy_(problem.x_TD[self.token_N])
         self._up()
         h_N2F = self.h_N2F.clone().requires_grad_()
         a_NF = silu(h_N2F[:, :F]) * h_N2F[:, F:]
-        self.a_NF = a_NF.detach()
+        self.a_NF.copy_(a_NF.detach())
         w_N1 = problem.weights_TK.reshape(-1)[order_N, None]
-        self.dy_ND = (problem.dy_TD[self.token_N] * w_N1).to(problem.dtype)
+        self.dy_ND.copy_(problem.dy_TD[self.token_N] * w_N1)
         self._down_gradient()
-        (self.dh_N2F,) = torch.autograd.grad(a_NF, h_N2F, self.da_NF)
+        self.dh_N2F.copy_(torch.autograd.grad(a_NF, h_N2F, self.da_NF)[0])
 
     def forward(self) -> Tensor:
         """Two products a segment; returns y_ND, neither weighted nor summed."""

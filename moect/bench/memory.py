@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -64,8 +65,10 @@ def _counter() -> ctypes.CDLL | None:
         options = ["-shared", "-fPIC", "-O1", "-std=c++20", *(f"-I{path}" for path in include_paths())]
         options += [str(SOURCE), "-o", str(library), *(f"-L{path}" for path in library_paths()), "-lc10"]
         try:
-            subprocess.run([get_cxx_compiler(), *options], check=True, capture_output=True, text=True)
-        except (OSError, subprocess.CalledProcessError) as error:
+            # CXX may have options, as in `g++ -O1`, which torch gives as they are; set to nothing, it says nothing
+            compiler = shlex.split(get_cxx_compiler()) or ["c++"]
+            subprocess.run([*compiler, *options], check=True, capture_output=True, text=True)
+        except (OSError, ValueError, subprocess.CalledProcessError) as error:
             said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
             log.warning("peak memory is not measured: the C++ compiler cannot build %s: %s", SOURCE.name, said)
             return None

@@ -1,6 +1,8 @@
 """The rivals: the experts of Hugging Face transformers, as its Qwen3-MoE runs them, on the same tensors.
 
-The class is transformers' own, and so is the choice among its implementations; only the weights are ours.
+The class is transformers' own, and so is the choice among its implementations; only the weights are ours. They allocate
+as PyTorch does for everybody who uses them: on a CPU in small pages, unless THP_MEM_ALLOC_ENABLE is set, where our
+kernels and the floor ask for large ones.
 """
 
 from __future__ import annotations
@@ -8,17 +10,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moect.bench.cases import Problem, free_bytes
+from moect.bench.cases import Problem
 from moect.bench.contestants import Contestant, LeftOut, differentiated, leaves
+from moect.bench.free_memory import free_bytes
 from moect.dispatch.grouped import grouped_unavailable
+from moect.dispatch.transformers_experts import NAME as OUR_NAME
 
 PREFIX = "hf "
-IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")  # those that need nothing beyond torch
 MEMORY_SHARE = 0.25  # of what is free, that a rival may ask for
 
 
 def peers(problem: Problem) -> list[Contestant | LeftOut]:
-    """transformers' implementations of the experts.
+    """transformers' implementations of the experts; of what is registered there beside the three, only the names.
 
     The routing weights are given in the dtype of the tokens, as transformers' models do.
     """
@@ -37,7 +41,8 @@ def peers(problem: Problem) -> list[Contestant | LeftOut]:
             found.append(LeftOut(name, "transformers", reason))
         else:
             found.append(_peer(name, implementation, problem))
-    return found
+    reason = f"not one of the three that need no further package ({', '.join(IMPLEMENTATIONS)})"
+    return found + [LeftOut(PREFIX + name, "transformers", reason) for name in _others()]
 
 
 def batched_bytes(problem: Problem) -> int:
@@ -47,6 +52,12 @@ def batched_bytes(problem: Problem) -> int:
     """
     shape = problem.shape
     return 4 * shape.N * shape.F * shape.D * problem.dtype.itemsize
+
+
+def _others() -> list[str]:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    return [name for name in ALL_EXPERTS_FUNCTIONS if name not in (*IMPLEMENTATIONS, OUR_NAME)]
 
 
 def _peer(name: str, implementation: str, problem: Problem) -> Contestant:

@@ -1,10 +1,14 @@
-"""Timing in turns: one round is every contestant once, so that whatever slows the machine slows them all alike."""
+"""Timing in turns: one round is every contestant once, so that whatever slows the machine slows them all alike.
+
+The order is drawn anew in each round: who always came after the same one would find its caches.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import ceil
+from random import Random
 from statistics import median
 from time import perf_counter
 
@@ -14,7 +18,7 @@ from moect.bench.contestants import Contestant
 
 Timer = Callable[[Callable[[], object]], float]
 
-SECONDS = 20.0  # of timing for one shape and dtype, where that allows the fewest rounds
+SECONDS = 20.0  # of timing for one shape and dtype, unless the fewest rounds take longer
 FEWEST, MOST = 5, 101  # rounds
 SLOW = 8.0  # times the floor: who is slower takes part in a quarter of the rounds
 WARM_UPS = {"cpu": 1, "cuda": 3}
@@ -43,17 +47,20 @@ def take_turns(
     contestants: list[Contestant],
     device: str,
     rounds: int | None = None,
+    seconds: float = SECONDS,
+    seed: int = 0,
     measure: Timer | None = None,
     tell: Callable[[int, int, float], None] = lambda number, rounds, seconds: None,
 ) -> dict[str, Times]:
     """Time all contestants, the floor first among them.
 
-    Each round begins with another contestant. Those that took more than `SLOW` times as long as the floor in the
+    Those that took more than `SLOW` times as long as the floor in the
     warm-up take part in a quarter of the rounds, evenly spread, but in `FEWEST` where there are as many.
 
     Args:
         contestants: the first is the floor.
-        rounds: None: as many as `SECONDS` allow, from `FEWEST` to `MOST`.
+        rounds: None: as many as `seconds` allow, from `FEWEST` to `MOST`.
+        seed: of the order in each round.
         measure: for tests: what replaces the clock.
         tell: called after each round with its number, the number of all and the seconds that are left, estimated.
     """
@@ -65,13 +72,13 @@ def take_turns(
     slow = {name for name, cost in warm.items() if cost > SLOW * floor}
     cost = sum(ms / 4 if name in slow else ms for name, ms in warm.items()) / 1000
     if rounds is None:
-        rounds = max(FEWEST, min(MOST, int(SECONDS / cost)))
+        rounds = max(FEWEST, int(min(MOST, seconds / cost)))
     few = min(rounds, max(FEWEST, ceil(rounds / 4)))
 
     times = {c.name: Times() for c in contestants}
+    draw = Random(seed)
     for number in range(rounds):
-        first = number % len(contestants)
-        for contestant in contestants[first:] + contestants[:first]:
+        for contestant in draw.sample(contestants, len(contestants)):
             if contestant.name in slow and (number + 1) * few // rounds == number * few // rounds:
                 continue
             forward, forward_backward = _turn(contestant, measure)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from moect.dispatch import experts_op
 from moect.dispatch.extension import load
-from moect.errors import DispatchError
 
 
 def cpu_unavailable(x_TD: Tensor, gate_up_E2FD: Tensor) -> str | None:
@@ -23,6 +22,4 @@ def cpu_unavailable(x_TD: Tensor, gate_up_E2FD: Tensor) -> str | None:
 
 def cpu(x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
     """See `moect.dispatch.dispatch`."""
-    if reason := cpu_unavailable(x_TD, gate_up_E2FD):
-        raise DispatchError(f"moe.dispatch: cpu cannot be used here: {reason}; use segments")
     return experts_op.call("experts", x_TD, indices_TK, weights_TK, gate_up_E2FD, down_EDF)

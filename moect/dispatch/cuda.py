@@ -21,8 +21,7 @@ from torch import Tensor
 
 from moect.dispatch import experts_op
 from moect.dispatch.extension import load
-from moect.dispatch.grouped import grouped_loops, grouped_unavailable
-from moect.errors import DispatchError
+from moect.dispatch.grouped import grouped_loops, grouped_refuses, grouped_unavailable
 
 NAME = "experts_by_kernels"
 
@@ -31,13 +30,13 @@ def cuda_unavailable(x_TD: Tensor, gate_up_E2FD: Tensor) -> str | None:
     """Why this backend is not for tensors like these; None where it is. The first call may compile the kernels."""
     if not x_TD.is_cuda:
         return f"the tokens are on {x_TD.device}"
-    return _missing(x_TD)
+    if x_TD.dtype not in experts_op.DTYPES:
+        return f"it does not take {x_TD.dtype}"
+    return load("cuda")
 
 
 def cuda(x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
-    """See `moect.dispatch.dispatch`. Runs on a CPU too."""
-    if reason := _missing(x_TD):
-        raise DispatchError(f"moe.dispatch: cuda cannot be used here: {reason}; use segments")
+    """See `moect.dispatch.dispatch`. Runs on a CPU too, for tests."""
     return experts_op.call(NAME, x_TD, indices_TK, weights_TK, gate_up_E2FD, down_EDF)
 
 
@@ -50,26 +49,19 @@ def define() -> None:
     experts_op.define(NAME)
 
 
-def _missing(x_TD: Tensor) -> str | None:
-    if x_TD.device.type not in ("cpu", "cuda"):
-        return f"the tokens are on {x_TD.device}"
-    if x_TD.dtype not in experts_op.DTYPES:
-        return f"it does not take {x_TD.dtype}"
-    return load(x_TD.device.type)
-
-
 def _experts(x_TD, indices_TK, weights_TK, gate_up_E2FD, down_EDF, keep):
     ops, (T, K) = torch.ops.moect, indices_TK.shape
     E, F2, _ = gate_up_E2FD.shape
     source_N, position_N, ends_E = ops.sort_by_expert(indices_TK, E)
     if T * K == 0:
-        return torch.zeros_like(x_TD), x_TD.new_empty(0, F2), source_N, position_N, ends_E
-    product = _product(x_TD, gate_up_E2FD, ends_E)
+        return x_TD.new_zeros(x_TD.shape), x_TD.new_empty(0, F2), source_N, position_N, ends_E
+    product = _product(x_TD, gate_up_E2FD, down_EDF, ends_E)
     h_N2F = product(ops.permute(x_TD, position_N, K), gate_up_E2FD.transpose(1, 2))
     a_NF = ops.swiglu(h_N2F)
     if not keep:
         h_N2F = x_TD.new_empty(0, F2)
     y_ND = product(a_NF, down_EDF.transpose(1, 2))
+    del a_NF
     return ops.combine(y_ND, position_N, weights_TK, K), h_N2F, source_N, position_N, ends_E
 
 
@@ -82,7 +74,7 @@ def _experts_backward(
     if T * K == 0:
         return tuple(t.new_zeros(t.shape if need else (0, *t.shape[1:])) for t, need in zip(inputs, needs, strict=True))
     dx_TD, dweights_TK, dgate_up_E2FD, ddown_EDF = (t.new_empty(0, *t.shape[1:]) for t in inputs)
-    product = _product(x_TD, gate_up_E2FD, ends_E)
+    product = _product(x_TD, gate_up_E2FD, down_EDF, ends_E)
     dy_ND = ops.permute(dy_TD, position_N, K)
     da_NF = product(dy_ND, down_EDF)  # before the token's weight: with the activation, that is the weight's gradient
     dh_N2F, weighted_NF, dweights = ops.swiglu_backward(da_NF, h_N2F, weights_TK, source_N)
@@ -99,13 +91,20 @@ def _experts_backward(
     return dx_TD, dweights_TK, dgate_up_E2FD, ddown_EDF
 
 
-def _product(x_TD: Tensor, gate_up_E2FD: Tensor, ends_E: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+def _product(
+    x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ends_E: Tensor
+) -> Callable[[Tensor, Tensor], Tensor]:
     """One product per expert segment: of (N, I) with (E, I, O), or of (I, N) with (N, O) over each expert's columns."""
-    if _one_kernel(x_TD, gate_up_E2FD):
+    if _one_kernel(x_TD, gate_up_E2FD, down_EDF):
         return lambda a, b: torch.nn.functional.grouped_mm(a, b, offs=ends_E)
     ends = ends_E.cpu()  # the host waits here
     return lambda a, b: torch.ops.moect.segment_mm(a, b, ends)
 
 
-def _one_kernel(x_TD: Tensor, gate_up_E2FD: Tensor) -> bool:
-    return not (grouped_unavailable(x_TD, gate_up_E2FD) or (x_TD.is_cuda and grouped_loops(x_TD)))
+def _one_kernel(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> bool:
+    reasons = (
+        grouped_unavailable(x_TD, gate_up_E2FD),
+        grouped_refuses(gate_up_E2FD, down_EDF),
+        grouped_loops(x_TD) if x_TD.is_cuda else None,
+    )
+    return not any(reasons)

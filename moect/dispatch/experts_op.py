@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moect.errors import DispatchError
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SCHEMA = (
     "(Tensor x_TD, Tensor indices_TK, Tensor weights_TK, Tensor gate_up_E2FD, Tensor down_EDF, bool keep)"
@@ -39,6 +41,8 @@ def define(name: str) -> None:
     forward, backward = (getattr(torch.ops.moect, n) for n in (name, f"{name}_backward"))
 
     def gradients(ctx, dy_TD, *_):
+        if torch.is_grad_enabled():  # create_graph=True: the backward is no function of its inputs to autograd
+            raise DispatchError("the expert kernels cannot be differentiated twice; use moe.dispatch: reference")
         if dy_TD is None:
             return (None,) * 6
         needs = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4)]

@@ -21,23 +21,37 @@ def grouped_unavailable(x_TD: Tensor, gate_up_E2FD: Tensor) -> str | None:
         return f"grouped_mm does not take {x_TD.dtype}"
     E, F2, D = gate_up_E2FD.shape
     multiple = 16 // x_TD.element_size()
-    if D % multiple or (F2 // 2) % multiple:
+    if not D or not F2 or D % multiple or (F2 // 2) % multiple:
         return f"grouped_mm needs widths that are multiples of {multiple} in {x_TD.dtype}, got D={D}, F={F2 // 2}"
+    if x_TD.is_cuda and E >= 1024:
+        return f"on a GPU grouped_mm takes fewer than 1024 experts, got {E}"
+    return None
+
+
+def grouped_refuses(*experts: Tensor) -> str | None:
+    """Why `grouped_mm` cannot take experts that lie in memory like these; None where it can."""
+    if not all(t.is_contiguous() for t in experts):
+        return "grouped_mm needs experts that are contiguous"
+    if any(t.is_cuda and t.data_ptr() % 16 for t in experts):
+        return "on a GPU grouped_mm needs experts at addresses that are multiples of 16"
     return None
 
 
 def grouped_loops(x_TD: Tensor) -> str | None:
-    """Why `grouped_mm` would be a loop that waits for the device, on a GPU; None where it is one kernel."""
+    """Why `grouped_mm` should not be used on this GPU, though it can; None where it is one kernel."""
     if x_TD.dtype != torch.bfloat16:
-        return f"on a GPU grouped_mm is a loop in {x_TD.dtype}"
-    if torch.cuda.get_device_capability(x_TD.device) < (9, 0):
-        return "on a GPU before sm90 grouped_mm is a loop"
+        return f"on a GPU grouped_mm is a loop in {x_TD.dtype}, and waits for the device"
+    major, minor = torch.cuda.get_device_capability(x_TD.device)
+    if major == 10:  # github.com/pytorch/pytorch/issues/172439
+        return "on sm100 grouped_mm may give experts without tokens a gradient"
+    if major != 9:
+        return f"on sm{major}{minor} grouped_mm is a loop, and waits for the device"
     return None
 
 
 def grouped(x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
     """See `moect.dispatch.dispatch`."""
-    if reason := grouped_unavailable(x_TD, gate_up_E2FD):
+    if not torch.compiler.is_compiling() and (reason := grouped_refuses(gate_up_E2FD, down_EDF)):
         raise DispatchError(f"moe.dispatch: grouped cannot be used here: {reason}; use segments")
     E, _, F = down_EDF.shape
     order_N, token_N, counts_E = order_by_expert(indices_TK, E)

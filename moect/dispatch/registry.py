@@ -39,7 +39,12 @@ def register(name: str, backend: Backend, unavailable: Unavailable | None = None
         name: as in the configuration.
         backend: computes what `dispatch` does, from arguments that have been checked.
         unavailable: says why it cannot take tensors like these, from x_TD and gate_up_E2FD; None where it can.
+
+    Raises:
+        DispatchError: the name is `auto`, which means the choice among all.
     """
+    if name == "auto":
+        raise DispatchError("a backend cannot have the name `auto`; give another")
     _BACKENDS[name] = backend
     _UNAVAILABLE.pop(name, None)
     if unavailable:
@@ -52,7 +57,13 @@ def backends() -> list[str]:
 
 
 def unavailable(name: str, x_TD: Tensor, gate_up_E2FD: Tensor) -> str | None:
-    """Why the backend of that name cannot take tensors like these; None where it can."""
+    """Why the backend of that name cannot take tensors like these; None where it can.
+
+    Raises:
+        DispatchError: no backend of that name.
+    """
+    if name not in _BACKENDS:
+        raise DispatchError(f"moe.dispatch: no backend `{name}`; there are auto, {', '.join(_BACKENDS)}")
     reason = _UNAVAILABLE.get(name)
     return reason(x_TD, gate_up_E2FD) if reason else None
 
@@ -64,11 +75,11 @@ def choose(name: str, x_TD: Tensor, gate_up_E2FD: Tensor) -> str:
     Only shapes, dtypes and the device of `x_TD` are looked at.
 
     Raises:
-        DispatchError: no backend of that name.
+        DispatchError: no backend of that name, or one that cannot take them.
     """
     if name != "auto":
-        if name not in _BACKENDS:
-            raise DispatchError(f"moe.dispatch: no backend `{name}`; there are auto, {', '.join(_BACKENDS)}")
+        if reason := unavailable(name, x_TD, gate_up_E2FD):
+            raise DispatchError(f"moe.dispatch: `{name}` cannot be used here: {reason}; use auto")
         return name
     chosen, reasons = "segments", []
     for candidate in _AUTO.get(x_TD.device.type, ()):
@@ -81,7 +92,7 @@ def choose(name: str, x_TD: Tensor, gate_up_E2FD: Tensor) -> str:
             chosen = candidate
             break
         reasons.append(f"not `{candidate}`: {reason}")
-    _tell_once("; ".join([f"experts by `{chosen}` on {x_TD.device.type} in {str(x_TD.dtype)[6:]}", *reasons]))
+    _tell_once(f"experts by `{chosen}` on {x_TD.device.type} in {str(x_TD.dtype)[6:]}", reasons)
     return chosen
 
 
@@ -155,8 +166,11 @@ def _check_indices(indices_TK: Tensor, num_experts: int) -> None:
             raise DispatchError(f"expert indices run from {low} to {high}: there are {num_experts} experts")
 
 
-def _tell_once(line: str) -> None:
-    if line not in _told:
-        _told.add(line)
-        if os.environ.get("RANK", "0") == "0":  # all ranks choose alike
-            _log.info(line)
+def _tell_once(choice: str, reasons: list[str]) -> None:
+    """The choice once, by the main rank; where better ones had to be passed over a warning, by each node."""
+    line = "; ".join([choice, *reasons])
+    if line in _told:
+        return
+    _told.add(line)
+    if os.environ.get("LOCAL_RANK" if reasons else "RANK", "0") == "0":
+        _log.log(logging.WARNING if reasons else logging.INFO, line)

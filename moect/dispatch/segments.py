@@ -1,4 +1,4 @@
-"""One matrix product per expert segment, written straight into its place: the default on CPU.
+"""One matrix product per expert segment, written straight into its place, in torch alone: runs anywhere.
 
 A single autograd.Function, because autograd over `weight[e]` would write a full-size zero gradient per expert. It saves
 the tokens and the pre-activation, recomputes the activation, and gives an expert without tokens an exactly zero
@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
 from moect.dispatch.sorting import order_by_expert, sum_to_tokens
+from moect.errors import DispatchError
 
 
 def segments(x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
@@ -55,8 +55,9 @@ class _Segments(torch.autograd.Function):
         return y_TD.to(x_TD.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy_TD):
+        if torch.is_grad_enabled():  # create_graph=True
+            raise DispatchError("`segments` cannot be differentiated twice; use moe.dispatch: reference")
         x_TD, order_N, w_N1, h_N2F, gate_up_E2FD, down_EDF = ctx.saved_tensors
         counts, shape_TK = ctx.counts, ctx.shape_TK
         needs_x, _, needs_weights, needs_gate_up, needs_down = ctx.needs_input_grad

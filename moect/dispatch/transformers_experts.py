@@ -49,7 +49,7 @@ def _unsupported(experts: nn.Module) -> str | None:
         return "these have a norm behind them"
     if experts.is_transposed or not experts.is_concatenated:
         return "these keep their weights in another layout"
-    if "_apply_gate" in vars(type(experts)) and type(experts)._apply_gate.__module__ != "transformers.integrations.moe":
+    if type(experts)._apply_gate.__module__ != "transformers.integrations.moe":
         return "these have a gate of their own"
     if not _is_silu(experts.act_fn):
         return f"these use {type(experts.act_fn).__name__}"

@@ -26,7 +26,7 @@ class Experts(nn.Module):
         return dispatch(u_TD, indices_TK, weights_TK, self.gate_up_proj, self.down_proj, backend=self.backend)
 
     def choose(self) -> str:
-        """The backend that will compute these experts where they are now; `auto` compiles kernels and logs its choice."""
+        """The backend that will compute these experts where they are; `auto` compiles kernels and logs its choice."""
         E, F, D = self.shape
         x_TD = self.down_proj.new_empty(0, D)
         return choose(self.backend, x_TD, torch.empty(E, 2 * F, D, device="meta"))  # a divided parameter has no shape

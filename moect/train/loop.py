@@ -22,6 +22,7 @@ from moect.data.evaluation import load_evaluation
 from moect.data.loader import Loader, MicroBatch
 from moect.data.tokenizer import run_tokenizer
 from moect.errors import CheckpointError, TrainingError
+from moect.model.append import modules_of
 from moect.model.build import DTYPES, base_fingerprint, base_view, build_model, load_base_config
 from moect.model.partition import full_shape
 from moect.monitor.forgetting import ForgettingMonitor
@@ -76,6 +77,9 @@ class Run:
         self.fingerprint = base_fingerprint(config.model, config.seed)
         shapes = build_model(config, meta=True) if zero3 else model  # a divided parameter is empty
         self.plan = make_plan(config, shapes, self.loader.summary(), world_size)
+
+        for moe in modules_of(model)[:1]:
+            moe.experts.choose()
 
         self.folder = config.folder
         self.monitor = None
@@ -343,10 +347,8 @@ class Run:
         print(render(self.plan), flush=True)
         (self.folder / "plan.json").write_text(json.dumps(self.plan, indent=1, ensure_ascii=False), encoding="utf-8")
         self.writer.add_text("config", f"```yaml\n{config_to_yaml(self.config)}```")
-        for moe in self.objective.modules_L[:1]:
-            name = moe.experts.choose()  # says itself what `auto` takes
-            if self.config.moe.dispatch != "auto":
-                self._say(f"experts by `{name}`, as configured")
+        if self.objective.modules_L and self.config.moe.dispatch != "auto":
+            print(f"experts by `{self.config.moe.dispatch}`, as configured", flush=True)
 
     def _say(self, text: str) -> None:
         if self.main:

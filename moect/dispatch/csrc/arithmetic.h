@@ -41,7 +41,7 @@ MOECT_HD float exponential(float x) {
   return expf(x);
 #else
   x = x < -87.0f ? -87.0f : x;  // below, 2^n is no normal number; a NaN passes
-  x = x > 88.0f ? 88.0f : x;
+  x = x > 89.0f ? 89.0f : x;    // from 88.4 on, 2^n is infinity
   const float n = __builtin_rintf(x * 1.44269504f);
   float r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;

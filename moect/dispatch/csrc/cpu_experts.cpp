@@ -95,7 +95,8 @@ struct Segment {
 struct Schedule {
   std::vector<Segment> together, queue, idle;
   int64_t threads = 1;
-  int64_t rows = 0;  // of workspace: as many as the largest segment in the queue for each thread
+  int64_t stride = 0;  // rows of workspace for a thread at the queue
+  int64_t rows = 0;    // of workspace in all
 };
 
 // Whether threads that each take the next segment when they are done with one end at about the same time.
@@ -110,10 +111,10 @@ bool balanced(const std::vector<Segment>& queue, int64_t threads) {
   return *std::max_element(share.begin(), share.end()) * threads <= rows * tolerated;
 }
 
-// The queue is longest first. What would unbalance it is done together, as are segments with so many rows that a
-// product does well on all threads: then there is one workspace instead of one a thread.
+// The queue is longest first. What would unbalance it is done together, if it has rows for all threads; so are segments
+// with so many rows that a product does well on all threads: then there is one workspace instead of one a thread.
 Schedule make_schedule(const Tensor& ends_E) {
-  constexpr int64_t many = 1024;  // rows
+  constexpr int64_t many = 1024, few = 16;  // rows; rows a thread
   Schedule schedule;
   const int32_t* end = ends_E.const_data_ptr<int32_t>();
   for (int64_t e = 0, start = 0; e < ends_E.numel(); start = end[e++]) {
@@ -123,12 +124,17 @@ Schedule make_schedule(const Tensor& ends_E) {
   schedule.threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   std::vector<Segment>&queue = schedule.queue, &together = schedule.together;
   std::stable_sort(queue.begin(), queue.end(), [](auto& a, auto& b) { return a.count > b.count; });
-  while (!queue.empty() && (schedule.threads == 1 || !balanced(queue, schedule.threads))) {
+  if (schedule.threads == 1) together.insert(together.end(), queue.begin(), queue.end()), queue.clear();
+  while (!queue.empty() && queue.front().count >= few * schedule.threads && !balanced(queue, schedule.threads)) {
     together.push_back(queue.front());
     queue.erase(queue.begin());
   }
   for (const Segment& segment : together) schedule.rows = std::max(schedule.rows, segment.count);
-  if (!queue.empty()) schedule.rows = std::max(schedule.rows, queue.front().count * schedule.threads);
+  if (!queue.empty()) {
+    // products round otherwise at other alignments: each thread's rows must begin alike, at a multiple of 64 bytes
+    schedule.stride = (queue.front().count + 31) / 32 * 32;
+    schedule.rows = std::max(schedule.rows, schedule.stride * schedule.threads);
+  }
   return schedule;
 }
 
@@ -140,7 +146,7 @@ void run(const Schedule& schedule, const Work& work) {
   at::parallel_for(0, schedule.queue.empty() ? 0 : schedule.threads, 1, [&](int64_t first, int64_t last) {
     at::AutoDispatchBelowADInplaceOrView guard;  // as in the thread that called; threads do not inherit it
     for (size_t i; first < last && (i = next++) < schedule.queue.size();) {
-      work(schedule.queue[i], first * schedule.queue.front().count);
+      work(schedule.queue[i], first * schedule.stride);
     }
   });
 }
@@ -235,9 +241,27 @@ void combine(const Tensor& y_ND, const int32_t* position, const sum_t<T>* weight
 
 // ---- the operators ----
 
+// Whoever calls the operators themselves, and not `dispatch`, must not read past the end of anything.
+void check(const Tensor& x_TD, const Tensor& weights_TK, const Tensor& gate_up_E2FD, const Tensor& down_EDF) {
+  const bool dims = x_TD.dim() == 2 && weights_TK.dim() == 2 && gate_up_E2FD.dim() == 3 && down_EDF.dim() == 3;
+  const bool fits = dims && weights_TK.size(0) == x_TD.size(0) && down_EDF.size(1) == x_TD.size(1) &&
+                    gate_up_E2FD.sizes() == at::IntArrayRef({down_EDF.size(0), 2 * down_EDF.size(2), x_TD.size(1)});
+  TORCH_CHECK_VALUE(fits, "moect: expected x (T, D), weights (T, K), gate and up (E, 2F, D), down (E, D, F)");
+  const auto type = x_TD.scalar_type();
+  TORCH_CHECK_VALUE(
+      gate_up_E2FD.scalar_type() == type && down_EDF.scalar_type() == type && weights_TK.is_floating_point(),
+      "moect: expected one dtype for tokens and experts, floating point for weights");
+  TORCH_CHECK_VALUE(
+      weights_TK.is_cpu() && gate_up_E2FD.is_cpu() && down_EDF.is_cpu(), "moect: expected all tensors on the CPU");
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> experts(
     const Tensor& x_TD_, const Tensor& indices_TK, const Tensor& weights_TK, const Tensor& gate_up_E2FD,
     const Tensor& down_EDF, bool keep) {
+  check(x_TD_, weights_TK, gate_up_E2FD, down_EDF);
+  TORCH_CHECK_VALUE(
+      indices_TK.scalar_type() == at::kLong && indices_TK.sizes() == weights_TK.sizes() && indices_TK.is_cpu(),
+      "moect: expected int64 indices (T, K), as many as weights");
   const Tensor x_TD = x_TD_.contiguous();
   const int64_t top_k = indices_TK.size(1), D = x_TD.size(1), F = down_EDF.size(2);
   const auto options = x_TD.options();
@@ -270,6 +294,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> experts_backward(
     const Tensor& dy_TD_, const Tensor& x_TD_, const Tensor& weights_TK, const Tensor& gate_up_E2FD,
     const Tensor& down_EDF, const Tensor& h_N2F, const Tensor& source_N, const Tensor& position_N, const Tensor& ends_E,
     std::array<bool, 4> needs) {
+  check(x_TD_, weights_TK, gate_up_E2FD, down_EDF);
+  const int64_t assignments = weights_TK.numel();
+  TORCH_CHECK_VALUE(
+      dy_TD_.sizes() == x_TD_.sizes() && dy_TD_.scalar_type() == x_TD_.scalar_type() &&
+          h_N2F.sizes() == at::IntArrayRef({assignments, gate_up_E2FD.size(1)}) && source_N.numel() == assignments &&
+          position_N.numel() == assignments && ends_E.numel() == down_EDF.size(0),
+      "moect: expected dy (T, D), and h and the order as the forward pass left them");
   const auto [needs_x, needs_weights, needs_gate_up, needs_down] = needs;
   const Tensor dy_TD = dy_TD_.contiguous(), x_TD = x_TD_.contiguous();
   const int64_t top_k = weights_TK.size(1), D = x_TD.size(1), F = down_EDF.size(2), N = source_N.numel();

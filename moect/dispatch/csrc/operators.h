@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> sort_by_expert(const Tensor& indices_TK, int6
   Tensor source_N = at::empty({assignments}, options), position_N = at::empty({assignments}, options);
   Tensor ends_E = at::empty({experts}, options), counts = at::empty({chunks, experts + 1}, options);
   int shift = 0;
-  while ((1 << shift) <= experts && (1 << shift) < kernels::Scan::threads) shift++;
+  while ((1 << shift) < experts && (1 << shift) < kernels::Scan::threads) shift++;
   const auto* key = read<int64_t>(indices);
   device.run(kernels::Count{key, write<int32_t>(counts), assignments, E}, chunks);
   device.run(kernels::Scan{write<int32_t>(counts), write<int32_t>(ends_E), chunks, E, shift}, 1);
