@@ -124,7 +124,7 @@ def bench_dispatch(arguments: argparse.Namespace) -> None:
     """Time the expert dispatch: our backends, transformers' experts and the floor, on the same tensors, in turns."""
     from moect.bench.dispatch import read_options, run
 
-    given = ("device", "threads", "rounds", "seed", "skew", "output")
+    given = ("device", "threads", "rounds", "seconds", "seed", "skew", "output")
     options = {name: getattr(arguments, name) for name in given}
     run(read_options(arguments.shape, arguments.dtype, arguments.backend, **options))
 
@@ -201,7 +201,8 @@ def _add_bench_dispatch(parts) -> None:
     made.add_argument("--backend", nargs="+", metavar="NAME", help="which of ours (default: all)")
     made.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     made.add_argument("--threads", type=_positive, help="CPU threads (default: PyTorch's own choice)")
-    made.add_argument("--rounds", type=_positive, help="default: what about 20 seconds allow, from 5 to 101")
+    made.add_argument("--rounds", type=_positive, help="default: what --seconds allow, from 5 to 101")
+    made.add_argument("--seconds", type=float, default=20.0, metavar="S", help="for a shape and dtype (default 20)")
     made.add_argument("--seed", type=int, default=0, help="of tensors and routing (default 0)")
     made.add_argument(
         "--skew",

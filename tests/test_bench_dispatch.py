@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
+import re
 import shlex
-import threading
-from itertools import accumulate, pairwise
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,20 +14,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from moect.bench import peers as peers_module
-from moect.bench.cases import CPU_SHAPES, Shape, free_bytes, make_problem, parse_shape
+from moect.bench import result_file as result_file_module
+from moect.bench import table
+from moect.bench.cases import CPU_SHAPES, Shape, make_problem, parse_shape
 from moect.bench.contestants import Contestant, LeftOut, exact_results, of_backends, require_agreement
+from moect.bench.dispatch import _measure_case, read_options
 from moect.bench.floor import Floor
 from moect.bench.memory import peak_extra_bytes
 from moect.bench.peers import batched_bytes, peers
-from moect.bench.turns import dense_flops_per_second, take_turns
+from moect.bench.turns import take_turns
 from moect.cli import _parser, main
 from moect.dispatch import dispatch, register, registry
 from moect.dispatch.segments import segments
 from moect.errors import DispatchError
 
-MIB = 2**20
 SMALL = Shape(12, 16, 8, 6, 2)
 RIVALS = ["hf eager", "hf batched_mm", "hf grouped_mm"]
+NOT_TIMED = ["hf deepgemm", "hf sonicmoe"]
 
 
 @pytest.fixture
@@ -110,86 +114,27 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-# memory
-
-
-def eight_then_four():
-    first = torch.empty(8 * MIB, dtype=torch.uint8)
-    del first
-    return torch.empty(4 * MIB, dtype=torch.uint8), torch.empty(3, dtype=torch.uint8)
-
-
-def test_peak_memory_is_the_highest_moment_not_the_sum():
-    assert peak_extra_bytes(eight_then_four, "cpu") == 8 * MIB
-
-
-def test_peak_memory_sees_what_other_threads_allocate():
-    def call():
-        kept = torch.empty(MIB, dtype=torch.uint8)
-        thread = threading.Thread(target=eight_then_four)
-        thread.start()
-        thread.join()
-        return kept
-
-    assert peak_extra_bytes(call, "cpu") == 9 * MIB
-
-
-def test_peak_memory_sees_what_operators_and_the_backward_pass_allocate():
-    x = torch.randn(256, 256, requires_grad=True)
-    size = x.nbytes
-    # highest where the product is differentiated: the gradient that arrives there and those of both factors; relu has
-    # given back what it saved; beside them the sum and the 1 that starts the backward pass
-    assert peak_extra_bytes(lambda: torch.autograd.grad((x @ x).relu().sum(), x), "cpu") == 3 * size + 2 * 4
-
-
-def test_peak_memory_is_that_of_the_profiler_where_one_thread_allocates_all():
-    problem = make_problem(Shape(48, 32, 16, 8, 3), "bf16", "cpu")
-    for contestant in [*of_backends(["reference", "segments", "grouped"], problem), *peers(problem)]:
-        contestant.forward_backward()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-            results = contestant.forward_backward()
-        events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-        assert max(accumulate(e.nbytes() for e in events)) == peak_extra_bytes(contestant.forward_backward, "cpu")
-        del results
-
-
-def test_tensors_that_were_there_before_the_call_do_not_count():
-    before = [torch.empty(4 * MIB, dtype=torch.uint8)]
-    of_an_earlier_count = []
-    assert peak_extra_bytes(lambda: of_an_earlier_count.append(torch.empty(2 * MIB, dtype=torch.uint8)), "cpu") == (
-        2 * MIB
-    )
-
-    def call():
-        before.clear()
-        of_an_earlier_count.clear()
-        return torch.empty(MIB, dtype=torch.uint8)
-
-    assert peak_extra_bytes(call, "cpu") == MIB
-
-
-def test_without_a_compiler_memory_is_left_out_and_the_log_says_so(monkeypatch, caplog):
-    from moect.bench.memory import _counter
-
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    _counter.cache_clear()
-    try:
-        assert peak_extra_bytes(eight_then_four, "cpu") is None
-        assert peak_extra_bytes(eight_then_four, "cpu") is None
-        (record,) = [r for r in caplog.records if r.name == "moect.bench"]
-        assert "no-such-compiler" in record.message
-    finally:
-        _counter.cache_clear()
-
-
 # the rivals
+
+
+def timed_peers(problem):
+    return [peer for peer in peers(problem) if isinstance(peer, Contestant)]
+
+
+def test_what_else_is_registered_with_transformers_is_named_and_not_timed(monkeypatch):
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, "another", lambda *_: None)
+    left_out = {peer.name: peer.reason for peer in peers(make_problem(SMALL, "fp32", "cpu")) if peer.name not in RIVALS}
+    assert list(left_out) == [*NOT_TIMED, "hf another"]  # and not `moect`, which is ours
+    assert "not one of the three that need no further package" in left_out["hf sonicmoe"]
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("fp32", 1e-5), ("bf16", 2e-2), ("fp16", 5e-3)])
 def test_transformers_experts_compute_what_our_reference_computes(dtype, bound):
     problem = make_problem(Shape(33, 32, 16, 8, 3), dtype, "cpu")
     exact = exact_results(problem)
-    rivals = peers(problem)
+    rivals = timed_peers(problem)
     assert [rival.name for rival in rivals] == RIVALS
     for rival in rivals:
         for got, right in zip(rival.forward_backward(), exact, strict=True):
@@ -199,7 +144,7 @@ def test_transformers_experts_compute_what_our_reference_computes(dtype, bound):
 
 def test_each_rival_runs_the_implementation_that_it_is_named_for():
     seen = {}
-    for rival in peers(make_problem(SMALL, "fp32", "cpu")):
+    for rival in timed_peers(make_problem(SMALL, "fp32", "cpu")):
         with Operators() as operators:
             rival.forward()
         seen[rival.name] = operators.seen & {"aten.bmm.default", "aten._grouped_mm.default", "aten.index_add_.default"}
@@ -213,10 +158,10 @@ def test_each_rival_runs_the_implementation_that_it_is_named_for():
 def test_batched_mm_is_left_out_by_name_where_its_copies_would_fill_the_memory(monkeypatch):
     problem = make_problem(Shape(64, 64, 64, 4, 2), "fp32", "cpu")
     needs = batched_bytes(problem)
-    _, batched, _ = peers(problem)
+    _, batched, *_ = peers(problem)
     assert needs <= peak_extra_bytes(batched.forward_backward, "cpu") < 1.2 * needs
     monkeypatch.setattr(peers_module, "free_bytes", lambda device: 4 * needs - 1)
-    _, batched, _ = peers(problem)
+    _, batched, *_ = peers(problem)
     assert isinstance(batched, LeftOut) and "more than a quarter of the free memory" in batched.reason
 
 
@@ -259,59 +204,6 @@ def test_agreement_is_with_float64_on_all_tokens():
         require_agreement(last_token, exact_results(problem), problem)
 
 
-# turns
-
-
-def scripted(costs):
-    """Contestants, a clock that gives each its cost, and the order in which they were called."""
-    called = []
-
-    def measure(call):
-        name, part = call()
-        called.append((name, part))
-        return costs[name] * (1 if part == "forward" else 3)
-
-    contestants = [
-        Contestant(name, "moect", lambda name=name: (name, "forward"), lambda name=name: (name, "both"))
-        for name in costs
-    ]
-    return contestants, measure, called
-
-
-def test_each_round_is_everybody_once_and_begins_with_another():
-    contestants, measure, called = scripted({"floor": 1.0, "a": 2.0, "b": 3.0})
-    times = take_turns(contestants, "cpu", rounds=4, measure=measure)
-    assert {name: (t.forward, t.forward_backward) for name, t in times.items()} == {
-        "floor": ([1.0] * 4, [3.0] * 4),
-        "a": ([2.0] * 4, [6.0] * 4),
-        "b": ([3.0] * 4, [9.0] * 4),
-    }
-    names = [name for name, part in called if part == "forward"]
-    rounds = [names[n : n + 3] for n in range(0, len(names), 3)][1:]  # after the warm-up
-    assert rounds == [["floor", "a", "b"], ["a", "b", "floor"], ["b", "floor", "a"], ["floor", "a", "b"]]
-    assert called[1::2] == [(name, "both") for name in names]
-
-
-def test_the_very_slow_take_part_in_a_quarter_of_the_rounds_evenly_spread():
-    contestants, measure, called = scripted({"floor": 1.0, "slow": 8.1, "fair": 7.9})
-    times = take_turns(contestants, "cpu", rounds=40, measure=measure)
-    assert {name: t.rounds for name, t in times.items()} == {"floor": 40, "slow": 10, "fair": 40}
-    floors = [sum(c == ("floor", "both") for c in called[:n]) for n, c in enumerate(called) if c == ("slow", "both")]
-    assert {b - a for a, b in pairwise(floors[1:])} <= {3, 4, 5}
-    times = take_turns(contestants, "cpu", rounds=6, measure=measure)
-    assert times["slow"].rounds == 5
-
-
-@pytest.mark.parametrize(("cost", "rounds"), [(0.01, 101), (250.0, 10), (60_000.0, 5)])
-def test_rounds_are_what_the_time_allows(cost, rounds):
-    contestants, measure, _ = scripted({"floor": cost, "ours": cost})  # a round takes 8 x cost, in ms
-    assert take_turns(contestants, "cpu", measure=measure)["ours"].rounds == rounds
-
-
-def test_the_dense_rate_is_a_rate():
-    assert dense_flops_per_second("cpu", size=32, rounds=2) > 0
-
-
 # tensors
 
 
@@ -351,10 +243,10 @@ def test_every_contestant_is_in_table_and_file_or_has_its_reason(registered, cap
         case[record["contestant"]] = record
     assert list(records) == [(shape, dtype) for shape in shapes for dtype in ("fp32", "bf16")]
     for (shape, dtype), case in records.items():
-        assert list(case) == ["floor", *names, *RIVALS]
+        assert list(case) == ["floor", *names, *RIVALS, *NOT_TIMED]
         left_out = {name for name, record in case.items() if record["reason"]}
         odd = {"grouped", "hf grouped_mm"} if (shape, dtype) == (shapes[1], "bf16") else set()
-        assert left_out == {"never"} | odd
+        assert left_out == {"never", *NOT_TIMED} | odd
         for name, record in case.items():
             assert record["forward_backward_flops"] == 3 * record["forward_flops"] == shape.flops(backward=True)
             if name in left_out:
@@ -365,15 +257,35 @@ def test_every_contestant_is_in_table_and_file_or_has_its_reason(registered, cap
             assert 0 < record["forward_backward_min_ms"] <= record["forward_backward_ms"]
             assert name == "floor" or record["peak_extra_bytes"] >= record["result_bytes"] * 0.9
     assert out.count("never is left out: it is only a name") == 1
+    assert all(out.count(f"{name} is left out: not one of the three") == 1 for name in NOT_TIMED)
     assert out.count("multiples of 8") == 2  # of ours and of transformers
     for name in ["floor", *names[:3], *RIVALS]:
         assert sum(line.split("  ")[0] == name for line in out.splitlines()) == (3 if "grouped" in name else 4)
     assert written["versions"]["torch"] == torch.__version__
     assert written["machine"]["threads"] == 1 and written["seed"] == 5 and written["device"] == "cpu"
+    assert written["complete"] is True
     assert out.rstrip().endswith(f"wrote {output}")
 
     again = _parser().parse_args(shlex.split(written["command"])[1:])
     assert again.shape == [str(shape) for shape in shapes] and again.backend == names and again.rounds == 2
+
+
+def test_without_rounds_the_command_that_is_kept_says_the_seconds():
+    again = _parser().parse_args(shlex.split(read_options(device="cpu", seconds=2.5).command())[1:])
+    assert again.rounds is None and again.seconds == 2.5
+
+
+def test_seconds_and_seed_of_the_command_line_reach_the_turns(monkeypatch):
+    given = []
+
+    def one_round(contestants, device, rounds, seconds, seed, tell):
+        given.append((rounds, seconds, seed))
+        return take_turns(contestants, device, 1, tell=tell)
+
+    monkeypatch.setattr("moect.bench.dispatch.take_turns", one_round)
+    words = ["--shape", str(SMALL), "--dtype", "fp32", "--backend", "segments"]
+    assert bench(*words, "--seconds", "0.5", "--seed", "7") == 0
+    assert given == [(None, 0.5, 7)]
 
 
 def test_the_closing_table_sets_the_automatic_choice_against_floor_and_rival(registered, capsys, monkeypatch):
@@ -381,10 +293,107 @@ def test_the_closing_table_sets_the_automatic_choice_against_floor_and_rival(reg
     assert bench("--shape", str(SMALL), "--dtype", "fp32", "--backend", "segments", "reference", "--rounds", "1") == 0
     out = capsys.readouterr().out
     assert "segments (auto)" in out and "reference (auto)" not in out
-    row = out.rstrip().splitlines()[-1].split()
-    assert row[:3] == ["12,16,8,6,2", "fp32", "segments"] and row[4] == "hf" and len(row) == 8
+    *_, row, below = out.rstrip().splitlines()
+    row = row.split()
+    assert row[:3] == ["12,16,8,6,2", "fp32", "segments"] and row[4] == "hf" and len(row) == 9
+    assert below == "best of hf: the fastest of eager, batched_mm, grouped_mm"
     assert bench("--shape", str(SMALL), "--dtype", "fp32", "--backend", "reference", "--rounds", "1") == 0
-    assert "not timed" in capsys.readouterr().out.rstrip().splitlines()[-1]
+    assert "not timed" in capsys.readouterr().out.rstrip().splitlines()[-2]
+
+
+def test_memory_is_compared_as_a_whole_and_beyond_the_results(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("moect.bench.dispatch.choose", lambda name, x, up: "segments")
+    output = tmp_path / "out.json"
+    shape = Shape(64, 32, 16, 4, 2)
+    words = ["--shape", str(shape), "--dtype", "fp32", "--backend", "segments", "--rounds", "1"]
+    assert bench(*words, "--output", str(output)) == 0
+    records = {record["contestant"]: record for record in json.loads(output.read_text())["results"]}
+    ours, rival = records["segments"], records["hf grouped_mm"]
+    ratios = [
+        f"{ours['peak_extra_bytes'] / rival['peak_extra_bytes']:.2f}",
+        f"{(ours['peak_extra_bytes'] - ours['result_bytes']) / (rival['peak_extra_bytes'] - ours['result_bytes']):.2f}",
+    ]
+    assert ratios[0] != ratios[1]
+    lines = capsys.readouterr().out.splitlines()
+    (row,) = [line.split() for line in lines if line.startswith("segments (auto)")]
+    assert row[-3:] == [*ratios, "1"]
+    (rivals_row,) = [line.split() for line in lines if line.startswith("hf grouped_mm  ")]
+    assert rivals_row[-3:] == ["1.00", "1.00", "1"]
+    (closing,) = [line.split() for line in lines if line.startswith(str(shape))]
+    assert closing[-2:] == ratios
+
+
+def test_the_share_of_the_dense_rate_is_given_in_the_dtype_of_that_rate_alone():
+    options = read_options(device="cpu", names=["segments"], rounds=1)
+    endings = {}
+    for dtype in ("bf16", "fp32"):
+        records = _measure_case(options, SMALL, dtype, dense=1e9)
+        heading, _, *rows = table.render_case(records, dense=True).splitlines()
+        assert heading.endswith("f+b of dense")
+        endings[dtype] = {row.endswith("%") for row in rows}
+        assert "of dense" not in table.render_case(records, dense=False)
+    assert endings == {"bf16": {True}, "fp32": {False}}
+
+
+def fails(x, indices, w, up, down):
+    return segments(x, indices, w, up, down) * (2 if x.dtype == torch.bfloat16 else 1)
+
+
+def is_interrupted(x, indices, w, up, down):
+    if x.dtype == torch.bfloat16:
+        raise KeyboardInterrupt
+    return segments(x, indices, w, up, down)
+
+
+@pytest.mark.parametrize(("backend", "code"), [(fails, 2), (is_interrupted, 130)])
+def test_what_was_measured_is_kept_when_a_later_case_ends_the_command(backend, code, registered, capsys, tmp_path):
+    registered("swift", backend)
+    output = tmp_path / "out.json"
+    words = ["--shape", str(SMALL), "--dtype", "fp32", "bf16", "--backend", "swift", "--rounds", "1"]
+    assert bench(*words, "--output", str(output)) == code
+    written = json.loads(output.read_text())
+    assert {record["dtype"] for record in written["results"]} == {"fp32"} and written["complete"] is False
+    assert f"wrote {output}" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_every_shape_is_held_against_the_free_memory_before_the_first_is_measured(capsys, tmp_path):
+    huge = f"{10**7},8192,8192,256,8"
+    output = tmp_path / "out.json"
+    assert bench("--shape", str(SMALL), huge, "--rounds", "1", "--output", str(output)) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and f"--shape {huge} in fp32 needs" in err and not output.exists()
+
+
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(capsys, tmp_path):
+    output = tmp_path / ("a" * 300)
+    assert bench("--shape", str(SMALL), "--output", str(output)) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and f"--output {output}: cannot be written: File name too long" in err
+
+
+def test_a_disk_that_fills_up_is_said_and_leaves_no_half_file(capsys, tmp_path, monkeypatch):
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(result_file_module.os, "replace", full)
+    words = ["--shape", str(SMALL), "--dtype", "fp32", "--backend", "segments", "--rounds", "1"]
+    assert bench(*words, "--output", str(tmp_path / "out.json")) == 2
+    assert "cannot be written: No space left on device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_log_says_what_auto_takes_and_nothing_else_and_not_among_the_tables():
+    words = ["bench", "dispatch", "--device", "cpu", "--shape", str(SMALL), "--dtype", "fp32", "--rounds", "1"]
+    run = subprocess.run([sys.executable, "-m", "moect.cli", *words], capture_output=True, text=True, check=True)
+    said = [line for line in run.stderr.splitlines() if not re.match("compil(ing the expert kernels|ed in)", line)]
+    assert [line.partition(";")[0] for line in said] == [f"experts by `{auto_of(run.stdout)}` on cpu in float32"]
+    assert "experts by" not in run.stdout
+
+
+def auto_of(out: str) -> str:
+    (name,) = re.findall(r"^(\w+) \(auto\)", out, re.MULTILINE)
+    return name
 
 
 def test_an_existing_file_is_not_overwritten(capsys, tmp_path):
@@ -408,11 +417,19 @@ def test_an_existing_file_is_not_overwritten(capsys, tmp_path):
         (["--backend", "fast"], "--backend fast: there are reference, segments, grouped"),
         (["--output", "no/such/folder/out.json"], "there is no folder"),
         (["--shape", f"{10**7},8192,8192,256,8"], "GiB free; give a smaller one"),
+        (["--threads", "100000"], "--threads 100000: this machine has "),
+        (["--seed", str(2**63)], "--seed 9223372036854775808: expected a whole number of 64 bits"),
+        (["--skew", "nan"], "--skew nan: expected a number"),
+        (["--skew=-inf"], "--skew -inf: expected a number"),
+        (["--skew", "1e300"], "--skew 1e+300: expected a number"),
+        (["--seconds", "0"], "--seconds 0.0: expected a number above 0"),
+        (["--seconds", "inf"], "--seconds inf: expected a number above 0"),
+        (["--seconds", "nan"], "--seconds nan: expected a number above 0"),
     ],
     ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
 )
 def test_bad_input_is_one_line_and_exit_code_2(words, said, capsys):
-    assert bench(*words) == 2
+    assert bench("--shape", str(SMALL), "--rounds", "1", *words) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("moect: error: ") == 1 and "Traceback" not in err
 
@@ -434,7 +451,6 @@ def test_help_leads_from_level_to_level(words, capsys):
 
 def test_default_shapes_are_shapes_that_the_command_line_takes():
     assert [parse_shape(str(shape)) for shape in CPU_SHAPES] == list(CPU_SHAPES)
-    assert free_bytes("cpu") > MIB
 
 
 def test_the_timed_backends_go_through_dispatch_itself():

@@ -6,13 +6,13 @@ all tokens, gradients included), the peak memory of a forward and backward pass,
 
 from __future__ import annotations
 
-import json
-import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from math import inf
 from pathlib import Path
 from statistics import median
 
@@ -22,14 +22,16 @@ from moect.bench import cases, table
 from moect.bench.cases import Problem, Shape
 from moect.bench.contestants import Contestant, LeftOut, exact_results, of_backends, require_agreement
 from moect.bench.floor import Floor
+from moect.bench.free_memory import free_bytes
 from moect.bench.machine import machine, versions
 from moect.bench.memory import peak_extra_bytes
 from moect.bench.peers import peers
-from moect.bench.turns import Times, dense_flops_per_second, take_turns
+from moect.bench.result_file import result_file
+from moect.bench.turns import SECONDS, Times, dense_flops_per_second, take_turns
 from moect.dispatch import backends, choose
 from moect.errors import ConfigError
 
-log = logging.getLogger("moect.bench")
+MOST_SKEW = 1e6  # fp32 holds its products with normal numbers; far below it one expert already gets all tokens
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Options:
     device: str
     threads: int
     rounds: int | None
+    seconds: float
     seed: int
     skew: float
     output: Path | None
@@ -50,7 +53,7 @@ class Options:
         """The command that measures the same, with every default spelled out."""
         words = ["moect", "bench", "dispatch", "--shape", *map(str, self.shapes), "--dtype", *self.dtypes]
         words += ["--backend", *self.backends, "--device", self.device, "--threads", str(self.threads)]
-        words += ["--rounds", str(self.rounds)] if self.rounds else []
+        words += ["--rounds", str(self.rounds)] if self.rounds else ["--seconds", str(self.seconds)]
         words += ["--seed", str(self.seed), "--skew", str(self.skew)]
         return shlex.join(words + (["--output", str(self.output)] if self.output else []))
 
@@ -62,6 +65,7 @@ def read_options(
     device: str | None = None,
     threads: int | None = None,
     rounds: int | None = None,
+    seconds: float = SECONDS,
     seed: int = 0,
     skew: float = 0.0,
     output: Path | None = None,
@@ -69,7 +73,7 @@ def read_options(
     """The command line as options; what is None gets its default, which depends on the device.
 
     Raises:
-        ConfigError: a shape, dtype, backend, device or output file that cannot be.
+        ConfigError: a shape, dtype, backend, device or number that cannot be.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: PyTorch finds no GPU here; leave it out to measure on the CPU")
@@ -80,10 +84,15 @@ def read_options(
         for name in given:
             if name not in known:
                 raise ConfigError(f"{flag} {name}: there are {', '.join(known)}")
-    if output is not None and output.exists():
-        raise ConfigError(f"--output {output}: the file exists and is not overwritten; give another name")
-    if output is not None and not output.absolute().parent.is_dir():
-        raise ConfigError(f"--output {output}: there is no folder {output.absolute().parent}; make it first")
+    processors = os.cpu_count()
+    if threads is not None and processors is not None and threads > processors:
+        raise ConfigError(f"--threads {threads}: this machine has {processors} processors; give at most {processors}")
+    if not 0 < seconds < inf:
+        raise ConfigError(f"--seconds {seconds}: expected a number above 0, as in 20")
+    if not -(2**63) <= seed < 2**63:
+        raise ConfigError(f"--seed {seed}: expected a whole number of 64 bits, from -2^63 to 2^63 - 1")
+    if not abs(skew) <= MOST_SKEW:  # NaN too
+        raise ConfigError(f"--skew {skew}: expected a number from -{MOST_SKEW:.0e} to {MOST_SKEW:.0e}, as in 0.5")
     return Options(
         shapes=tuple(dict.fromkeys(map(cases.parse_shape, shapes))) if shapes else usual,
         dtypes=tuple(dict.fromkeys(dtypes)),
@@ -91,6 +100,7 @@ def read_options(
         device=device,
         threads=threads or torch.get_num_threads(),
         rounds=rounds,
+        seconds=seconds,
         seed=seed,
         skew=skew,
         output=output,
@@ -98,32 +108,42 @@ def read_options(
 
 
 def run(options: Options) -> dict:
-    """Measure, print tables and write the JSON file; returns what it holds.
+    """Measure, print tables and write the JSON file, after each case what there is; returns what it holds.
 
     Raises:
-        ConfigError: a shape that does not fit into the free memory.
+        ConfigError: a shape that does not fit into the free memory, or a file that cannot be written; both are known
+            before anything is measured.
         DispatchError: a contestant that computes something else.
     """
+    for shape in options.shapes:
+        for dtype in options.dtypes:
+            _require_memory(options, shape, dtype)
     threads = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    try:
-        result = _measure(options)
-    finally:
-        torch.set_num_threads(threads)
-    if options.output is not None:
-        with options.output.open("x", encoding="utf-8") as file:
-            json.dump(result, file, indent=1)
-        print(f"\nwrote {options.output}")
-    return result
+    with result_file(options.output) as write:
+        torch.set_num_threads(options.threads)
+        try:
+            return _measure(options, write)
+        finally:
+            torch.set_num_threads(threads)
 
 
-def _measure(options: Options) -> dict:
+def _require_memory(options: Options, shape: Shape, dtype: str) -> None:
+    needs, free = cases.needed_bytes(shape, dtype), free_bytes(options.device)
+    if needs > free:
+        raise ConfigError(
+            f"--shape {shape} in {dtype} needs at least {needs / 2**30:.1f} GiB and the {options.device} has "
+            f"{free / 2**30:.1f} GiB free; give a smaller one"
+        )
+
+
+def _measure(options: Options, write: Callable[[dict], None]) -> dict:
     result = {
         "command": options.command(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": options.seed,
         "skew": options.skew,
         "device": options.device,
+        "complete": False,  # until the last case is in it
         "versions": versions(),
         "machine": machine(options.device),
         "dense_bf16_flops_per_s": dense_flops_per_second("cuda") if options.device == "cuda" else None,
@@ -139,14 +159,18 @@ def _measure(options: Options) -> dict:
         for dtype in options.dtypes:
             records = _measure_case(options, shape, dtype, dense)
             measured.append(records)
-            print(f"\n{_title(records)}\n{table.render_case(records)}", flush=True)
+            result["results"] = [record for case in measured for record in case]
+            result["complete"] = len(measured) == len(options.shapes) * len(options.dtypes)
+            write(result)
+            print(f"\n{_title(records)}\n{table.render_case(records, dense=bool(dense))}", flush=True)
             for record in records:
                 line = f"{record['contestant']} is left out: {record['reason']}"
                 if record["reason"] is not None and line not in told:
                     told.add(line)
                     print(line, flush=True)
     print(f"\nforward and backward pass, what `auto` takes\n{table.render_closing(measured)}", flush=True)
-    return result | {"results": [record for records in measured for record in records]}
+    print(table.BELOW_CLOSING, flush=True)
+    return result
 
 
 def _title(records: list[table.Record]) -> str:
@@ -158,16 +182,12 @@ def _title(records: list[table.Record]) -> str:
 
 def _measure_case(options: Options, shape: Shape, dtype: str, dense: float | None) -> list[table.Record]:
     """The records of one shape and dtype: the floor's, our backends', transformers'."""
-    tell = _Progress(f"{shape} {dtype}")
-    needs, free = cases.needed_bytes(shape, dtype), cases.free_bytes(options.device)
-    if needs > free:
-        raise ConfigError(
-            f"--shape {shape} in {dtype} needs at least {needs / 2**30:.1f} GiB and the {options.device} has "
-            f"{free / 2**30:.1f} GiB free; give a smaller one"
-        )
     problem = cases.make_problem(shape, dtype, options.device, options.seed, options.skew)
-    tell("checking against float64")
+    # these may compile kernels and say so, which is not to stand in a line of progress
+    auto = choose("auto", problem.x_TD, problem.gate_up_E2FD)
     entrants = [*of_backends(list(options.backends), problem), *peers(problem)]
+    tell = _Progress(f"{shape} {dtype}")
+    tell("checking against float64")
     exact = exact_results(problem)
     for entrant in entrants:
         if isinstance(entrant, Contestant):
@@ -178,10 +198,8 @@ def _measure_case(options: Options, shape: Shape, dtype: str, dense: float | Non
     tell("warming up")
     floor = Floor(problem)
     contestants = [Contestant("floor", "floor", floor.forward, floor.forward_backward), *_taking_part(entrants)]
-    times = take_turns(contestants, options.device, options.rounds, tell=tell.round)
+    times = take_turns(contestants, options.device, options.rounds, options.seconds, options.seed, tell=tell.round)
     tell("")
-
-    auto = choose("auto", problem.x_TD, problem.gate_up_E2FD)
     return [_record(entrant, problem, times, memory, auto, dense) for entrant in [contestants[0], *entrants]]
 
 
@@ -223,7 +241,7 @@ def _record(
         record[f"{key}_gflops_per_s"] = flops / median(values) / 1e6 if values else None
     if taken:
         record["rounds"] = taken.rounds
-        if dense:
+        if dense and problem.dtype == torch.bfloat16:  # whose rate it is
             record["share_of_dense"] = record["forward_backward_gflops_per_s"] * 1e9 / dense
     return record
 

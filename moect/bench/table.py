@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from moect.bench.peers import PREFIX
+from moect.bench.peers import IMPLEMENTATIONS, PREFIX
 
 Record = dict  # one shape, dtype and contestant: what `moect.bench.dispatch.run` returns under "results"
 
 RIVAL = PREFIX + "grouped_mm"  # whose memory is the measure
+MEMORY_HEADINGS = [f"memory x {RIVAL}", f"beyond results x {RIVAL}"]
+BELOW_CLOSING = f"best of hf: the fastest of {', '.join(IMPLEMENTATIONS)}"
 
 
 def aligned(heading: list[str], rows: list[list[str]], left: int = 1) -> str:
@@ -21,13 +23,17 @@ def aligned(heading: list[str], rows: list[list[str]], left: int = 1) -> str:
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def render_case(records: list[Record]) -> str:
-    """The contestants of one shape and dtype, in the order they were given; those left out are not in it."""
+def render_case(records: list[Record], dense: bool) -> str:
+    """The contestants of one shape and dtype, in the order they were given; those left out are not in it.
+
+    Args:
+        dense: with a column of shares of the dense rate; it is empty in dtypes whose rate that is not.
+    """
     timed = [record for record in records if record["reason"] is None]
     floor = timed[0]
-    rival = next((r["peak_extra_bytes"] for r in timed if r["contestant"] == RIVAL), None)
-    heading = ["", "forward ms", "x floor", "forward+backward ms", "x floor", "memory MiB", f"x {RIVAL}", "rounds"]
-    dense = floor["share_of_dense"] is not None
+    rival = next((r for r in timed if r["contestant"] == RIVAL), None)
+    heading = ["", "forward ms", "x floor", "forward+backward ms", "x floor", "memory MiB"]
+    heading += [f"x {RIVAL}", MEMORY_HEADINGS[1], "rounds"]
     rows = []
     for record in timed:
         name = record["contestant"] + (" (auto)" if record["auto"] else "")
@@ -35,14 +41,16 @@ def render_case(records: list[Record]) -> str:
         for key in ("forward_ms", "forward_backward_ms"):
             row += [_milliseconds(record[key]), f"{record[key] / floor[key]:.2f}"]
         memory = record["peak_extra_bytes"]
-        row += ["" if memory is None else f"{memory / 2**20:.1f}", _ratio(memory, rival), str(record["rounds"])]
-        rows.append(row + ([f"{100 * record['share_of_dense']:.0f}%"] if dense else []))
-    return aligned(heading + (["of dense"] if dense else []), rows)
+        row += ["" if memory is None else f"{memory / 2**20:.1f}", *_memory_ratios(record, rival)]
+        share = record["share_of_dense"]
+        row += [str(record["rounds"]), "" if share is None else f"{100 * share:.0f}%"]
+        rows.append(row if dense else row[:-1])
+    return aligned(heading + (["f+b of dense"] if dense else []), rows)
 
 
 def render_closing(cases: list[list[Record]]) -> str:
     """A line a case: the backend that `auto` takes, against the floor and the best of transformers."""
-    heading = ["T,D,F,E,K", "dtype", "auto", "x floor", "best of hf", "x best of hf", f"memory x {RIVAL}"]
+    heading = ["T,D,F,E,K", "dtype", "auto", "x floor", "best of hf", "x best of hf", *MEMORY_HEADINGS]
     rows = []
     for records in cases:
         timed = {r["contestant"]: r for r in records if r["reason"] is None}
@@ -51,11 +59,10 @@ def render_closing(cases: list[list[Record]]) -> str:
         ours = next((r for r in timed.values() if r["auto"]), None)
         best = min((r for r in timed.values() if r["kind"] == "transformers"), key=_both)
         if ours is None:
-            row += ["not timed", "", best["contestant"], "", ""]
+            row += ["not timed", "", best["contestant"], "", "", ""]
         else:
-            memory = _ratio(ours["peak_extra_bytes"], timed.get(RIVAL, {}).get("peak_extra_bytes"))
             row += [ours["contestant"], f"{_both(ours) / _both(floor):.2f}"]
-            row += [best["contestant"], f"{_both(ours) / _both(best):.2f}", memory]
+            row += [best["contestant"], f"{_both(ours) / _both(best):.2f}", *_memory_ratios(ours, timed.get(RIVAL))]
         rows.append(row)
     return aligned(heading, rows, left=3)
 
@@ -68,5 +75,9 @@ def _milliseconds(value: float) -> str:
     return f"{value:.3f}" if value < 10 else f"{value:.1f}"
 
 
-def _ratio(value: int | None, base: int | None) -> str:
-    return "" if value is None or not base else f"{value / base:.2f}"
+def _memory_ratios(record: Record, rival: Record | None) -> list[str]:
+    """Peak memory against the rival's: all of it, and what is beyond the results, which both have to hold."""
+    if rival is None or None in (record["peak_extra_bytes"], rival["peak_extra_bytes"]):
+        return ["", ""]
+    pairs = [[r["peak_extra_bytes"] - results for r in (record, rival)] for results in (0, record["result_bytes"])]
+    return [f"{ours / theirs:.2f}" if theirs > 0 else "" for ours, theirs in pairs]
