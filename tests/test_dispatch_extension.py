@@ -22,7 +22,7 @@ from moect.dispatch import build, extension
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 build.CSRC = extension.CSRC = Path(sys.argv[1])
 build.SOURCES = extension.SOURCES = {"cpu": ("small.cpp",)}
-extension._define = lambda device: None
+extension._definitions = []
 print(extension.load("cpu"))
 """
 
@@ -96,13 +96,13 @@ def test_threads_that_start_together_load_once(small, tmp_path):
         'print(extension.load("cpu"))',
         "import threading, time\n"
         "defined = []\n"
-        "extension._define = lambda device: (time.sleep(0.2), defined.append(device))\n"
+        "extension._definitions = [lambda: (time.sleep(0.2), defined.append(1))]\n"
         "threads = [threading.Thread(target=extension.load, args=('cpu',)) for _ in range(4)]\n"
         "[thread.start() for thread in threads]\n"
         "[thread.join() for thread in threads]\n"
         "print(defined)",
     )
-    assert output(threads, small, MOECT_KERNELS=tmp_path / "kernels").endswith("['cpu']\n")
+    assert output(threads, small, MOECT_KERNELS=tmp_path / "kernels").endswith("[1]\n")
 
 
 def test_an_empty_variable_names_no_compiler_and_options_in_it_are_refused(small, tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from moect.dispatch import experts_op
-from moect.dispatch.extension import load
+from moect.dispatch.extension import load, when_loaded
 
 
 def cpu_unavailable(x_TD: Tensor, gate_up_E2FD: Tensor) -> str | None:
@@ -23,3 +23,6 @@ def cpu_unavailable(x_TD: Tensor, gate_up_E2FD: Tensor) -> str | None:
 def cpu(x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
     """See `moect.dispatch.dispatch`."""
     return experts_op.call("experts", x_TD, indices_TK, weights_TK, gate_up_E2FD, down_EDF)
+
+
+when_loaded(lambda: experts_op.define("experts"))

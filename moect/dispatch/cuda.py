@@ -19,8 +19,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moect.dispatch import experts_op
-from moect.dispatch.extension import load
+from moect.dispatch import experts_op, kernel_ops
+from moect.dispatch.extension import load, when_loaded
 from moect.dispatch.grouped import grouped_loops, grouped_refuses, grouped_unavailable
 
 NAME = "experts_by_kernels"
@@ -108,3 +108,7 @@ def _one_kernel(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> bool:
         grouped_loops(x_TD) if x_TD.is_cuda else None,
     )
     return not any(reasons)
+
+
+when_loaded(kernel_ops.define)
+when_loaded(define)

@@ -12,12 +12,14 @@ import functools
 import hashlib
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from moect.dispatch.build import CSRC, SOURCES, BuildError, build, flags
 
+_definitions: list[Callable[[], None]] = []
 _LOADING = threading.Lock()  # of the threads of one process; processes wait for one another at a file
 
 
@@ -49,17 +51,15 @@ def _load(device: str) -> str | None:
             return f"it cannot be loaded: {error.__cause__ or error}; remove it, and it is built again"
         where = error.filename or path.parent
         return f"{error.strerror} ({where}); set MOECT_KERNELS to a folder that can be written"
-    _define(device)
+    if device == "cpu":  # it has the signatures of all operators, for either device
+        for define in _definitions:
+            define()
     return None
 
 
-def _define(device: str) -> None:
-    from moect.dispatch import cuda, experts_op, kernel_ops
-
-    if device == "cpu":  # this library has the signatures of all operators, for either device
-        experts_op.define("experts")
-        kernel_ops.define()
-        cuda.define()
+def when_loaded(define: Callable[[], None]) -> None:
+    """Have `define` called as soon as the operators are there: what torch must know of them besides their code."""
+    _definitions.append(define)
 
 
 def folder() -> Path:
