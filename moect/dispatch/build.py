@@ -74,7 +74,8 @@ def build(device: str, path: Path) -> bool:
             shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=f"build-{path.stem}-", dir=path.parent) as place:
             _compile(device, compiler, Path(place), path.with_suffix(".log"))
-            os.replace(Path(place) / f"moect_{device}.so", path)
+            (built,) = Path(place).glob("*.so")  # torch numbers the name if this process has tried before
+            os.replace(built, path)
         path.with_suffix(".log").unlink(missing_ok=True)
         _log.info(f"compiled in {time.monotonic() - began:.0f} s")
     return True
