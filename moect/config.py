@@ -15,11 +15,11 @@ from typing import Literal
 
 import yaml
 
+from moect.data_config import DataConfig, check_data
 from moect.errors import ConfigError
 from moect.moe_config import MoeConfig, option
 
 STRICT = {"extra": "forbid"}  # unknown keys are errors
-Role = Literal["old", "new"]
 
 
 @dataclass
@@ -32,6 +32,13 @@ class ModelConfig:
     tokenizer: str | None = option(None, "directory or hub name of the tokenizer; null: the base's own")
     train_tokenizer: int | None = option(
         None, "train the tokenizer first, a byte-level BPE of at most so many tokens, on `data.train` into `tokenizer`"
+    )
+    extend_tokenizer: int | None = option(
+        None, "first add at most so many tokens to the base's tokenizer, learned from the new languages in `data.train`"
+    )
+    train_embeddings: Literal["none", "unseen", "all"] = option(
+        "none",
+        "rows of embedding and head that train; `unseen`: of tokens that the old languages hardly use, and added ones",
     )
     start: str | None = option(
         None, "folder of an earlier run on the same base: what trains begins as its last checkpoint has it"
@@ -62,59 +69,6 @@ class LossConfig:
     bias_rate: float = option(0.001, "step of the selection bias (`moe.balance: bias`)")
     z: float = option(0.0, "weight of the router z-loss")
     gate: float = option(1.0, "weight of the language gate's cross-entropy (`moe.language_gate: true`)")
-
-
-@dataclass
-class SourceConfig:
-    """A corpus: documents of one language."""
-
-    __pydantic_config__ = STRICT
-    path: str = option(
-        "", "JSON lines (.jsonl, .jsonl.gz) or plain text (.txt, .txt.gz, a document a line); may be a glob"
-    )
-    dataset: str | None = option(None, "instead of `path`: hub name of a dataset, or a folder laid out like one")
-    subset: str | None = option(None, "of the dataset, its configuration; null: the only or default one")
-    split: str = option("train", "of the dataset")
-    revision: str | None = option(None, "of a hub dataset, a commit or tag; null: `main` as it is when first read")
-    lang: str = option("", "language of every document")
-    text_field: str = option("text", "key of the text in a JSON line, or column of the dataset")
-    limit: int | None = option(None, "take the first so many documents")
-    weight: float | None = option(None, "weight against other sources of the same role; null: its number of tokens")
-
-
-@dataclass
-class EvaluationConfig:
-    """A held-out text that the monitor measures."""
-
-    __pydantic_config__ = STRICT
-    path: str = option("", "as in `data.train`")
-    dataset: str | None = option(None, "as in `data.train`")
-    subset: str | None = option(None, "as in `data.train`")
-    split: str = option("train", "as in `data.train`")
-    revision: str | None = option(None, "as in `data.train`")
-    lang: str = option("", "language of every document")
-    domain: str = option("held-out", "name of the kind of text, for the tables")
-    text_field: str = option("text", "key of the text in a JSON line, or column of the dataset")
-    limit: int | None = option(None, "take the first so many documents")
-    answer_field: str | None = option(
-        None,
-        "key of an answer: then the text is a prompt, and the share of exactly right greedy answers is measured too",
-    )
-
-
-@dataclass
-class DataConfig:
-    """Corpora, their languages and how they are mixed."""
-
-    __pydantic_config__ = STRICT
-    root: str = option(".", "folder that relative paths start from; if not given, the environment variable MOECT_DATA")
-    languages: dict[str, Role] = option({}, "role of each language: `old` (to keep) or `new` (to learn)")
-    train: list[SourceConfig] = option([], "corpora to train on")
-    evaluation: list[EvaluationConfig] = option([], "held-out texts for the monitor")
-    sequence_length: int = option(512, "tokens a row, S; documents are packed into rows and cannot see one another")
-    replay: float | None = option(None, "share of rows from old languages; null: by number of tokens, like the others")
-    temperature: float = option(1.0, "a source's weight is its tokens to the power 1/temperature")
-    max_bad_fraction: float = option(0.001, "stop when more than this share of a source's documents is unusable")
 
 
 @dataclass
@@ -374,6 +328,18 @@ def _check(config: RunConfig) -> None:
             "`model.train_tokenizer` needs `model.tokenizer`, the folder to write to, and `model.from_config`: "
             "an existing base has its own"
         )
+    if model.extend_tokenizer is not None:
+        if model.extend_tokenizer < 1:
+            raise ValueError(f"`model.extend_tokenizer` is {model.extend_tokenizer}: it must be at least 1")
+        if not model.base or model.tokenizer:
+            raise ValueError("`model.extend_tokenizer` adds to the tokenizer of `model.base`; remove `model.tokenizer`")
+        if "new" not in {data.languages.get(source.lang) for source in data.train}:
+            raise ValueError("`model.extend_tokenizer` learns from new languages, and `data.train` has none")
+    if model.train_embeddings != "none" and config.method != "moe-ct":
+        raise ValueError(
+            "`model.train_embeddings` is for `method: moe-ct`; `full` trains them all, and `lora` names modules in "
+            "`lora.targets`"
+        )
     if not 0 <= config.seed < 2**31:
         raise ValueError(f"`seed` is {config.seed}: it must lie between 0 and {2**31 - 1}")
     for section in ("moe", "lora", "loss", "data", "train"):
@@ -420,46 +386,9 @@ def _check(config: RunConfig) -> None:
             "`model.attention: flash_attention_2` keeps packed documents apart only in single rows: set "
             "`train.micro_batch: 1`, or use sdpa"
         )
-    if data.sequence_length < 2:
-        raise ValueError(f"`data.sequence_length` is {data.sequence_length}: it must be at least 2")
-    if data.replay is not None and not 0 <= data.replay <= 1:
-        raise ValueError(f"`data.replay` is {data.replay}: it must lie between 0 and 1")
-    if data.temperature <= 0:
-        raise ValueError(f"`data.temperature` is {data.temperature}: it must be positive")
-    if not 0 <= data.max_bad_fraction <= 1:
-        raise ValueError(f"`data.max_bad_fraction` is {data.max_bad_fraction}: it must lie between 0 and 1")
-    if not data.train:
-        raise ValueError("`data.train` is empty: name at least one corpus")
-    for section in ("train", "evaluation"):
-        for i, source in enumerate(getattr(data, section)):
-            where = f"`data.{section}[{i}]`"
-            _check_origin(source, where)
-            if not source.lang:
-                raise ValueError(f"{where} needs `lang`")
-            if source.lang not in data.languages:
-                raise ValueError(f"{where}: language `{source.lang}` has no role; add it to `data.languages`")
-            if source.limit is not None and source.limit < 1:
-                raise ValueError(f"{where}: `limit` is {source.limit}, it must be at least 1")
-            if getattr(source, "weight", None) is not None and source.weight < 0:
-                raise ValueError(f"{where}: `weight` is {source.weight}, it cannot be negative")
+    check_data(data)
     roles = {data.languages[source.lang] for source in data.train}
-    if data.replay and "old" not in roles:
-        raise ValueError("`data.replay` is set but no corpus in `data.train` is of an old language")
-    if data.replay == 1.0 and "new" in roles:
-        raise ValueError("`data.replay` is 1: corpora of new languages would never be read")
     if config.method == "moe-ct" and config.moe.language_gate and roles != {"old", "new"}:
         raise ValueError("`moe.language_gate` learns from both roles: `data.train` needs old and new languages")
     if config.method == "moe-ct" and config.moe.language_gate and data.replay == 0:
         raise ValueError("`moe.language_gate` learns from replayed text: set `data.replay` above 0")
-
-
-def _check_origin(source: SourceConfig | EvaluationConfig, where: str) -> None:
-    """Text comes from files or from a dataset."""
-    if source.path and source.dataset:
-        raise ValueError(f"{where} has both `path` and `dataset`: give one of them")
-    if not source.path and not source.dataset:
-        raise ValueError(f"{where} needs `path`, files, or `dataset`, a hub name")
-    plain = SourceConfig()
-    for name in ("subset", "split", "revision"):
-        if source.path and getattr(source, name) != getattr(plain, name):
-            raise ValueError(f"{where}: `{name}` is of a `dataset`, and this is a `path`; remove one of the two")

@@ -16,13 +16,13 @@ from huggingface_hub import HfApi, errors
 from huggingface_hub.utils import httpx
 from small_runs import DOCUMENTS, WORDS, events, launch
 
-from moect.config import DataConfig, EvaluationConfig, SourceConfig
 from moect.data import evaluation, progress
 from moect.data.evaluation import EvaluationDocument, load_evaluation
 from moect.data.hub import identity
 from moect.data.loader import Loader, planned_sources
 from moect.data.sources import read_documents
 from moect.data.store import build_store, find_store
+from moect.data_config import DataConfig, EvaluationConfig, SourceConfig
 from moect.errors import DataError
 from moect.train.resume import check_same_run
 

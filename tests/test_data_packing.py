@@ -9,10 +9,10 @@ import pytest
 import torch
 from data_helpers import WORDS, Words, write_corpus
 
-from moect.config import DataConfig, SourceConfig
 from moect.data import store as store_module
 from moect.data.packing import PackedCorpus
 from moect.data.store import build_store
+from moect.data_config import DataConfig, SourceConfig
 from moect.errors import DataError
 
 BOS, EOS = WORDS, WORDS + 1

@@ -6,9 +6,9 @@ import logging
 
 import pytest
 
-from moect.config import DataConfig, EvaluationConfig, SourceConfig
 from moect.data.evaluation import load_evaluation
 from moect.data.sources import Document, read_documents
+from moect.data_config import DataConfig, EvaluationConfig, SourceConfig
 from moect.errors import DataError
 
 

@@ -19,6 +19,7 @@ from pydantic import TypeAdapter
 from moect.cli import _parser
 from moect.config import RunConfig, config_to_yaml, load_config
 from moect.config_reference import COMMAND, PAGE, keys, reference
+from moect.data_config import FilterConfig
 from moect.stages import load_stages
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,6 +148,7 @@ def test_every_key_of_a_written_out_configuration_has_a_line_with_its_help():
         wanted |= {f"{name}.{key}" for key in value} if nested else {name}
     for name in ("train", "evaluation"):
         wanted |= {f"data.{name}[].{key}" for key in config["data"][name][0]}
+        wanted |= {f"data.{name}[].filter.FIELD.{f.name}" for f in dataclasses.fields(FilterConfig)}
     assert {key for key, _ in lines} == wanted and len(lines) == len(wanted) > 60
     assert dict(lines)["loss.z"] == "weight of the router z-loss"
 

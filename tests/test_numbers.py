@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from moect.config import DataConfig, EvaluationConfig, SourceConfig
 from moect.data.evaluation import load_evaluation
 from moect.data.numbers import LANGUAGES, number_in_words, split_numbers, write_numbers
 from moect.data.sources import read_documents
+from moect.data_config import DataConfig, EvaluationConfig, SourceConfig
 from moect.errors import DataError
 
 SMALL = {"train_numbers": 40, "test_numbers": 10, "greatest": 99}

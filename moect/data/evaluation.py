@@ -9,9 +9,9 @@ import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moect.config import DataConfig, EvaluationConfig, Role
 from moect.data.hub import identity
 from moect.data.sources import read_documents, source_key
+from moect.data_config import DataConfig, EvaluationConfig, Role
 from moect.errors import DataError
 
 log = logging.getLogger("moect.data")

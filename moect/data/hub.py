@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from moect.config import EvaluationConfig, SourceConfig
+from moect.data_config import EvaluationConfig, SourceConfig
 from moect.errors import DataError
 
 log = logging.getLogger("moect.data")

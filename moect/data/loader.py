@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moect.config import DataConfig, RunConfig, SourceConfig
+from moect.config import RunConfig
 from moect.data.mixture import Mixture, source_weights
 from moect.data.packing import PackedCorpus, Row
 from moect.data.sources import source_key
 from moect.data.store import TokenStore, build_store, find_store
+from moect.data_config import DataConfig, SourceConfig
 from moect.errors import CheckpointError, ConfigError, DataError
 
 log = logging.getLogger("moect.data")

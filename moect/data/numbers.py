@@ -13,7 +13,7 @@ import tempfile
 import unicodedata
 from pathlib import Path
 
-from moect.config import Role
+from moect.data_config import Role
 from moect.errors import DataError
 
 log = logging.getLogger("moect.data")

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moect.config import EvaluationConfig, SourceConfig
 from moect.data.hub import read_rows
+from moect.data_config import EvaluationConfig, SourceConfig
 from moect.errors import DataError
 
 log = logging.getLogger("moect.data")

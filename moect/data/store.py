@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from moect.config import DataConfig, SourceConfig
 from moect.data.hub import identity
 from moect.data.progress import Progress
 from moect.data.sources import EXTENSIONS, read_documents, resolve_files, source_key
+from moect.data_config import DataConfig, SourceConfig
 from moect.errors import DataError
 
 log = logging.getLogger("moect.data")

@@ -13,11 +13,14 @@ FIXED = (
     "seed",
     "method",
     "model.from_config",
+    "model.extend_tokenizer",
+    "model.train_embeddings",
     "moe",
     "lora",
     "data.languages",
     "data.train",
     "data.sequence_length",
+    "data.packing",
     "data.replay",
     "data.temperature",
     "train.batch_size",
@@ -36,7 +39,7 @@ FREE = (
 )
 FREE_MOE = ("dispatch", "gate_threshold")
 # what decides which tensors train: another run can begin with them only where these are equal
-SHAPE = ("method", "moe", "lora")
+SHAPE = ("method", "model.extend_tokenizer", "model.train_embeddings", "moe", "lora")
 
 
 def check_same_run(info: dict, config: RunConfig, fingerprint: str, where: str) -> list[str]:
