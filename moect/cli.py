@@ -73,6 +73,17 @@ def plan(arguments: argparse.Namespace) -> None:
         print(render(made))
 
 
+def prepare(arguments: argparse.Namespace) -> None:
+    """Tokenize all corpora of a run, or of its stages, once, and report on them; training then begins at once."""
+    from moect.stages import load_stages, prepare_stages
+
+    stages = load_stages(arguments.config, arguments.overrides)
+    for config, told in prepare_stages(stages, arguments.workers, arguments.inspect, arguments.sample):
+        if len(stages) > 1:
+            print(f"\nstage {config.name}")
+        print("\n".join(told), flush=True)
+
+
 def export(arguments: argparse.Namespace) -> None:
     """Write a run's model as a Hugging Face directory."""
     from moect.export.merged import export_run
@@ -129,6 +140,15 @@ def bench_dispatch(arguments: argparse.Namespace) -> None:
     run(read_options(arguments.shape, arguments.dtype, arguments.backend, **options))
 
 
+def bench_data(arguments: argparse.Namespace) -> None:
+    """Time reading, tokenizing and storing a corpus, beside the tokenizers library alone, in turns; and its memory."""
+    from moect.bench.data import Options, default_workers, run
+
+    workers = arguments.workers or default_workers()
+    names = ("text", "tokenizer", "megabytes", "rounds", "seed", "output")
+    run(Options(workers=workers, **{name: getattr(arguments, name) for name in names}))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="moect", description="Teach an LLM new languages without losing what it knows."
@@ -143,12 +163,22 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(run=function)
         return made
 
-    for function in (train, plan):
+    for function in (train, plan, prepare):
         made = command(function)
         made.add_argument("--config", required=True, type=Path, help="YAML file; docs/configuration.md lists all keys")
         made.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace single values of the file")
         if function is train:
             made.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # from the launcher
+        elif function is prepare:
+            made.add_argument("--workers", type=_positive, help="processes that tokenize (default: the cores)")
+            made.add_argument(
+                "--inspect",
+                action="store_true",
+                help="also look for duplicates, held-out text among the training text, and other languages",
+            )
+            made.add_argument(
+                "--sample", type=_share, default=1.0, help="share of the documents to inspect (default: all)"
+            )
         else:
             made.add_argument("--ranks", type=_positive, default=1, help="ranks the run will have (default 1)")
             made.add_argument("--gpu", metavar="NAME", help="the ranks' GPU, as 'RTX 4090' or H100: adds fit and time")
@@ -178,7 +208,9 @@ def _parser() -> argparse.ArgumentParser:
 
     doc = "Measure what our own parts cost, beside their rivals and beside what the machine could do."
     bench = commands.add_parser("bench", help=doc[0].lower() + doc[1:].rstrip("."), description=doc)
-    _add_bench_dispatch(bench.add_subparsers(required=True, metavar="PART"))
+    parts = bench.add_subparsers(required=True, metavar="PART")
+    _add_bench_dispatch(parts)
+    _add_bench_data(parts)
     return parser
 
 
@@ -210,6 +242,19 @@ def _add_bench_dispatch(parts) -> None:
         default=0.0,
         help="how uneven the routing is: 0 nearly balanced (default), 1 far from it",
     )
+    made.add_argument("--output", type=Path, metavar="FILE.json", help="write all numbers there; never over a file")
+
+
+def _add_bench_data(parts) -> None:
+    doc = bench_data.__doc__
+    made = parts.add_parser("data", help=doc[0].lower() + doc[1:].rstrip("."), description=doc)
+    made.set_defaults(run=bench_data)
+    made.add_argument("--text", metavar="PATH", help="file, glob or folder of documents (default: numbers in words)")
+    made.add_argument("--tokenizer", metavar="DIR", help="default: a small one, trained on that text")
+    made.add_argument("--megabytes", type=float, default=64.0, metavar="MB", help="of text (default 64)")
+    made.add_argument("--workers", type=_positive, help="our processes, and the library's threads (default: the cores)")
+    made.add_argument("--rounds", type=_positive, default=3, help="of both (default 3)")
+    made.add_argument("--seed", type=int, default=0, help="of text and order (default 0)")
     made.add_argument("--output", type=Path, metavar="FILE.json", help="write all numbers there; never over a file")
 
 

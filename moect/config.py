@@ -221,6 +221,8 @@ def unused_keys(config: RunConfig) -> list[str]:
         idle.append(("loss", "bias_rate"))
     if moe and config.moe.fusion != "fixed":
         idle.append(("moe", "fixed_weight"))
+    if config.data.sampling == "unimax":
+        idle.append(("data", "temperature"))
     if config.train.schedule != "wsd":
         idle.append(("train", "decay"))
     if config.train.schedule == "constant":
@@ -335,10 +337,19 @@ def _check(config: RunConfig) -> None:
             raise ValueError("`model.extend_tokenizer` adds to the tokenizer of `model.base`; remove `model.tokenizer`")
         if "new" not in {data.languages.get(source.lang) for source in data.train}:
             raise ValueError("`model.extend_tokenizer` learns from new languages, and `data.train` has none")
+        if config.method != "moe-ct":
+            raise ValueError(
+                "`model.extend_tokenizer` is for `method: moe-ct`; `full` and `lora` make no rows for new tokens"
+            )
     if model.train_embeddings != "none" and config.method != "moe-ct":
         raise ValueError(
             "`model.train_embeddings` is for `method: moe-ct`; `full` trains them all, and `lora` names modules in "
             "`lora.targets`"
+        )
+    if model.train_embeddings == "all" and config.moe.language_gate:
+        raise ValueError(
+            "`model.train_embeddings: all` changes what the language gate sees of every token, so it could not keep "
+            "old text as it was; use `unseen`, or set `moe.language_gate: false`"
         )
     if not 0 <= config.seed < 2**31:
         raise ValueError(f"`seed` is {config.seed}: it must lie between 0 and {2**31 - 1}")

@@ -40,12 +40,18 @@ class SourceConfig:
     subset: str | None = option(None, "of the dataset, its configuration; null: the only or default one")
     split: str = option("train", "of the dataset")
     revision: str | None = option(None, "of a hub dataset, a commit or tag; null: `main` as it is when first read")
+    streaming: bool = option(
+        True, "of a dataset: read it as it comes; false: first fetch all of it into the cache of datasets"
+    )
     lang: str = option("", "language of every document")
     text_field: str = option("text", "key of the text in a JSON line, or column of the dataset")
     id_field: str | None = option(None, "key of a document's name; null: `id` where there is one, else file and line")
     filter: dict[str, FilterConfig] = option({}, "by key or column, what it must be: `{language_score: {min: 0.9}}`")
     limit: int | None = option(None, "take the first so many documents")
-    weight: float | None = option(None, "weight against other sources of the same role; null: by its number of tokens")
+    weight: float | None = option(
+        None,
+        "weight against other sources of the same role; null: all such of a language are one, which weighs its tokens",
+    )
 
 
 @dataclass
@@ -58,6 +64,7 @@ class EvaluationConfig:
     subset: str | None = option(None, "as in `data.train`")
     split: str = option("train", "as in `data.train`")
     revision: str | None = option(None, "as in `data.train`")
+    streaming: bool = option(True, "as in `data.train`")
     lang: str = option("", "language of every document")
     domain: str = option("held-out", "name of the kind of text, for the tables")
     text_field: str = option("text", "key of the text in a JSON line, or column of the dataset")
@@ -89,10 +96,20 @@ class DataConfig:
     )
     temperature: float = option(1.0, "a language's weight is its tokens to the power 1/temperature")
     max_epochs: float | None = option(
-        None, "no language is read more often; what that takes from one goes to the others of its role"
+        None, "no language is read more often; what that takes from one goes to those that it shares the rows with"
     )
     workers: int = option(0, "processes a rank that make batches ahead of time; 0: the rank itself, when it needs one")
     max_bad_fraction: float = option(0.001, "stop when more than this share of a source's documents is unusable")
+
+
+def source_key(source: SourceConfig | EvaluationConfig) -> str:
+    """The name of a source in messages, tables and checkpoints; it does not depend on `data.root`."""
+    if source.path:
+        return source.path
+    subset = f"/{source.subset}" if source.subset else ""
+    revision = f"@{source.revision}" if source.revision else ""
+    split = f":{source.split}" if source.split != "train" else ""
+    return f"{source.dataset}{subset}{revision}{split}"
 
 
 def check_data(data: DataConfig) -> None:
@@ -133,7 +150,7 @@ def _check_source(source: SourceConfig | EvaluationConfig, where: str, languages
     if not source.path and not source.dataset:
         raise ValueError(f"{where} needs `path`, files, or `dataset`, a hub name")
     plain = SourceConfig()
-    for name in ("subset", "split", "revision"):
+    for name in ("subset", "split", "revision", "streaming"):
         if source.path and getattr(source, name) != getattr(plain, name):
             raise ValueError(f"{where}: `{name}` is of a `dataset`, and this is a `path`; remove one of the two")
     if not source.lang:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from moect.config import RunConfig, unused_keys
+from moect.data.summary import language_records
+from moect.data_config import DataConfig
 from moect.model.append import modules_of
 from moect.model.build import parameter_counts
+from moect.model.embeddings import describe_rows
 from moect.model.flops import training_flops_per_token
 from moect.model.losses import CHUNK_ELEMENTS
 from moect.train.memory import memory_per_rank
@@ -22,16 +25,18 @@ def make_plan(
     world_size: int,
     gpu: str | None = None,
     mfu: float = 0.35,
+    samples: list[dict] | None = None,
 ) -> dict:
     """Derived numbers of a run.
 
     Args:
         config: the run.
         model: as `build_model` makes it; the meta device is enough.
-        mixture: `Loader.summary()`, or `planned_sources`, where what is not known yet is None.
+        mixture: `Loader.summary()`, or the records of `planned_data`, where what is not known yet is None.
         world_size: ranks it will run on.
         gpu: name of the GPU that each rank will have; adds whether the run fits it, and its time.
         mfu: share of the GPU's arithmetic that the time assumes.
+        samples: rows to look at, of `Loader.samples()` or `planned_data`.
 
     Raises:
         ConfigError: a GPU that is not in the table.
@@ -46,6 +51,7 @@ def make_plan(
         "base": config.model.base or "from scratch",
         "blocks_with_module": [m.index for m in modules_of(model)],
         "parameters": parameter_counts(model),
+        "embeddings": describe_rows(model),
         "ranks": world_size,
         "zero_stage": train.zero_stage,
         "precision": train.precision,
@@ -56,7 +62,9 @@ def make_plan(
         "flops_per_token": flops,
         "flops": flops * tokens_per_step * train.steps,
         "memory_per_rank": memory_per_rank(config, model, world_size),
+        "rows": _rows(data),
         "mixture": mixture,
+        "samples": samples or [],
     }
     if gpu:
         plan |= _on_gpu(plan, config, *find_gpu(gpu), mfu)
@@ -105,6 +113,7 @@ def render(plan: dict) -> str:
             f"{_si(count['total'])} total, {_si(count['trainable'])} trainable "
             f"({100 * count['trainable'] / count['total']:.1f}%), {_si(count['active'])} active per token",
         ),
+        *([("embeddings", _embeddings(plan["embeddings"]))] if plan["embeddings"] else []),
         ("ranks", f"{plan['ranks']}, ZeRO {plan['zero_stage']}, {plan['precision']}"),
         (
             "step",
@@ -119,17 +128,66 @@ def render(plan: dict) -> str:
     if plan["unused_keys"]:
         rows.append(("not used", f"{', '.join(plan['unused_keys'])} (they say nothing for this configuration)"))
     lines = [f"{name:<14} {text}".rstrip() for name, text in rows]
-    lines += ["", f"{'language':<10}{'role':<6}{'documents':>11}{'tokens':>10}{'share':>8}{'epochs':>8}  source"]
-    for row in plan["mixture"]:
-        documents, tokens, weight, epochs = (row[key] for key in ("documents", "tokens", "weight", "epochs"))
-        lines.append(
-            f"{row['lang']:<10}{row['role']:<6}{_known(documents, '{:,}'):>11}{_known(tokens and _si(tokens)):>10}"
-            f"{_known(weight, '{:.1%}'):>8}{_known(epochs, '{:.2f}'):>8}  {row['source']}"
-        )
+    lines += ["", *_mixture(plan)]
+    for sample in plan["samples"]:
+        more = sample["documents"] - len(sample["text"])
+        padding = f", {sample['padding']:.1%} padding" if sample["padding"] else ""
+        count = f"{sample['documents']} document{'s' * (sample['documents'] != 1)}"
+        lines += ["", f"a row of {sample['lang']}: {count}{padding}", *(f"  {text}" for text in sample["text"])]
+        lines += [f"  and {more} more"] if more else []
+    return "\n".join(lines)
+
+
+def _embeddings(rows: dict) -> str:
+    """Which tokens have rows of embedding and head beside the base's, in words."""
+    most = "at most " if rows.get("at_most") else ""
+    added = f", {rows['added']:,} of them beyond the base's vocabulary" if rows["added"] else ""
+    train = "which train" if rows["train"] else "which do not train"
+    return f"{most}{rows['rows']:,} of {rows['vocabulary']:,} tokens have rows of their own{added}, {train}"
+
+
+def _rows(data: DataConfig) -> str:
+    """How rows are made and shared out, in words."""
+    packing = {"concatenate": "joined and cut", "best-fit": "packed by best fit"}[data.packing]
+    sizes = {
+        "temperature": f"by tokens to the power 1/{data.temperature:g}" if data.temperature != 1 else "by tokens",
+        "unimax": "equally",
+    }[data.sampling]
+    weights = [source.weight for source in data.train]
+    if None not in weights:
+        sizes = "by weight"
+    elif weights.count(None) < len(weights):
+        sizes += " or weight"
+    replay = "" if data.replay is None else f", {data.replay:.1%} of them old languages"
+    limit = "" if data.max_epochs is None else f", at most {data.max_epochs:g} epochs"
+    return f"rows of {data.sequence_length:,} tokens, {packing}{replay}; languages {sizes}{limit}"
+
+
+def _mixture(plan: dict) -> list[str]:
+    """The table of languages, each with its sources below it where it has several."""
+    columns = ("documents", 11), ("tokens", 10), ("share", 8), ("drawn", 10), ("epochs", 8), ("padding", 9), ("cut", 7)
+    languages = language_records(plan["mixture"])
+    width = max([10, *(len(record["lang"]) + 2 for record in languages)])
+    heading = f"{'language':<{width}}{'role':<6}" + "".join(f"{name:>{size}}" for name, size in columns)
+    lines = [plan["rows"], "", f"{heading}  source"]
+    for language in languages:
+        several = len(language["sources"]) > 1
+        source = f"{len(language['sources'])} sources" if several else language["sources"][0]["source"]
+        lines.append(f"{language['lang']:<{width}}{language['role']:<6}{_figures(language)}  {source}")
+        lines += [f"{'':<{width + 6}}{_figures(s)}    {s['source']}" for s in language["sources"] if several]
     unread = sum(row["tokens"] is None for row in plan["mixture"])
     if unread:
         lines.append(f"?: {unread} of {len(plan['mixture'])} corpora are not tokenized yet; training does it first")
-    return "\n".join(lines)
+    return lines
+
+
+def _figures(row: dict) -> str:
+    tokens, drawn = row["tokens"], row["tokens_drawn"]
+    return (
+        f"{_known(row['documents'], '{:,}'):>11}{_known(None if tokens is None else _si(tokens)):>10}"
+        f"{_known(row['weight'], '{:.1%}'):>8}{_known(None if drawn is None else _si(drawn)):>10}"
+        f"{_known(row['epochs'], '{:.2f}'):>8}{_known(row['padding'], '{:.2%}'):>9}{_known(row['cut'], '{:.1%}'):>7}"
+    )
 
 
 def _total(plan: dict) -> str:

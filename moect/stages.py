@@ -17,6 +17,7 @@ import gc
 import json
 import logging
 import os
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -110,10 +111,11 @@ def plan_stages(stages: list[RunConfig], ranks: int, gpu: str | None = None, mfu
     Raises:
         MoectError: whatever can be known to be wrong with the configuration, the base's shape or the texts.
     """
-    from moect.data.loader import check_division, planned_sources
+    from moect.data.loader import check_division, planned_data
     from moect.model.build import build_model
     from moect.plan import make_plan
     from moect.train.meters import find_gpu
+    from moect.train.token_rows import planned_rows
 
     if gpu:
         find_gpu(gpu)
@@ -122,16 +124,60 @@ def plan_stages(stages: list[RunConfig], ranks: int, gpu: str | None = None, mfu
     for config in stages:
         check_division(config.train.batch_size, config.train.micro_batch, ranks)
         planned = as_planned(config, stages)
-        model = build_model(planned, meta=True)
-        name = planned.model.tokenizer or planned.model.base
-        if name not in tokenizers:
-            tokenizers[name] = _tokenizer(planned)
-        mixture = planned_sources(planned, tokenizers[name], Path(config.output) / ".cache")
-        plan = make_plan(planned, model, mixture, ranks, gpu, mfu)
+        model_config = planned.model
+        which = (model_config.tokenizer or model_config.base, model_config.extend_tokenizer)
+        if which[1]:
+            which += (repr(planned.data.train),)
+        if which not in tokenizers:
+            tokenizers[which] = _tokenizer(planned)
+        cache = Path(config.output) / ".cache"
+        data = planned_data(planned, tokenizers[which], cache)
+        known = planned_rows(planned, tokenizers[which], cache)
+        model = build_model(planned, meta=True, **known)
+        plan = make_plan(planned, model, data.records, ranks, gpu, mfu, data.samples)
+        if plan["embeddings"] and len(known) < bool(which[1]) + (model_config.train_embeddings == "unseen"):
+            plan["embeddings"]["at_most"] = True
         if planned is not config:
             plan["base"] = f"{config.model.base} (to come)"
         plans.append(plan)
     return plans
+
+
+def prepare_stages(
+    stages: list[RunConfig], workers: int | None = None, inspect: bool = False, sample: float = 1.0
+) -> Iterator[tuple[RunConfig, list[str]]]:
+    """Tokenize the corpora of each run of a file, and report on them.
+
+    Args:
+        stages: as `load_stages` gives them.
+        workers: processes; None: as many as there are cores.
+        inspect: look for duplicates, held-out text and other languages too.
+        sample: share of the documents to inspect.
+
+    Yields:
+        Each run, with the tables to show and the files written.
+
+    Raises:
+        MoectError: whatever can be known to be wrong with the texts or the tokenizer.
+    """
+    from moect.data.inspection import inspect_data
+    from moect.data.inspection_table import render as render_inspection
+    from moect.data.prepare import prepare, render, write_report
+    from moect.data.tokenizer import run_tokenizer
+
+    _check_files(stages)
+    for config in stages:
+        planned = as_planned(config, stages)
+        if planned is not config:  # the base is still to be made, but the stage that makes it has its tokenizer
+            planned = dataclasses.replace(planned, model=dataclasses.replace(planned.model, train_tokenizer=None))
+        tokenizer = run_tokenizer(planned)
+        folder = Path(config.output) / f"{config.name}-data"
+        result = prepare(config, tokenizer, workers)
+        told = [render(result), f"wrote {write_report(result, folder / 'prepare.json')}"]
+        if inspect:
+            findings = inspect_data(config, Path(config.output) / ".cache", folder, sample, workers)
+            told += [f"\n{render_inspection(findings)}", f"wrote {folder}/inspection.json and findings.jsonl"]
+        yield config, told
 
 
 def is_finished(config: RunConfig) -> bool:
@@ -214,17 +260,22 @@ def _conclude(config: RunConfig, later: list[RunConfig]) -> bool:
 
 def _tokenizer(config: RunConfig):
     """The run's tokenizer, or None where the base comes without or it is still to be made."""
-    from moect.data.tokenizer import load_tokenizer
+    from moect.data.tokenizer import find_tokenizer
 
     model = config.model
     try:
-        return load_tokenizer(model)
+        tokenizer = find_tokenizer(config)
     except DataError as error:
         if model.tokenizer and os.path.exists(os.path.expanduser(model.tokenizer)):
             raise
-        reason = f"{model.tokenizer} is still to be trained" if model.train_tokenizer else error
-        log.info("documents and tokens are not counted: %s", reason)
+        log.info("documents and tokens are not counted: %s", error)
         return None
+    if tokenizer is None:
+        made = "extended" if model.extend_tokenizer else "trained"
+        log.info(
+            "documents and tokens are not counted: the tokenizer is still to be %s; `moect prepare` does that", made
+        )
+    return tokenizer
 
 
 def _export(config: RunConfig) -> str:

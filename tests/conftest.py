@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,20 @@ def place(inputs, tmp_path, monkeypatch):
 
     monkeypatch.delenv("MOECT_DATA", raising=False)
     return Place(inputs, tmp_path)
+
+
+@pytest.fixture
+def tokenized(monkeypatch):
+    """Names of all documents that this process has tokenized, with how often."""
+    from moect.data.tokenizing import BlockTokenizer
+
+    counted = Counter()
+    plain = BlockTokenizer.__call__
+
+    def counting(self, block, limit=None):
+        made = plain(self, block, limit)
+        counted.update(made.ids)
+        return made
+
+    monkeypatch.setattr(BlockTokenizer, "__call__", counting)
+    return counted

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from moect.config import RunConfig, config_from_dict
 
 WORDS = 400
+DATA_KEYS = ("sequence_length", "packing", "replay", "sampling", "temperature", "max_epochs", "workers")
 
 
 class Words:
@@ -23,6 +24,9 @@ class Words:
 
     def __getattr__(self, name):
         return getattr(self.inner, name)
+
+    def __len__(self):
+        return len(self.inner)
 
     def __call__(self, texts, **options):
         self.documents += len(texts)
@@ -47,6 +51,6 @@ def run_config(folder, *, sources=None, languages=None, **values) -> RunConfig:
     }
     train = {"steps": 10, "batch_size": 8, "micro_batch": 2}
     for key, value in values.items():
-        (data if key in ("sequence_length", "replay", "temperature") else train)[key] = value
+        (data if key in DATA_KEYS else train)[key] = value
     seed = train.pop("seed", 3)
     return config_from_dict({"seed": seed, "model": {"base": "unused"}, "data": data, "train": train})

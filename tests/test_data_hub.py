@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import logging
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import datasets
 import pyarrow as pa
@@ -14,10 +17,11 @@ from data_helpers import Words, run_config, write_corpus
 from hub_server import DATASET, serving
 from huggingface_hub import HfApi, errors
 from huggingface_hub.utils import httpx
-from small_runs import DOCUMENTS, WORDS, events, launch
+from small_runs import DOCUMENTS, REPOSITORY, WORDS, events, launch
 
-from moect.data import evaluation, progress
+from moect.data import evaluation, hub, progress
 from moect.data.evaluation import EvaluationDocument, load_evaluation
+from moect.data.files import Place
 from moect.data.hub import identity
 from moect.data.loader import Loader, planned_sources
 from moect.data.sources import read_documents
@@ -86,6 +90,21 @@ def test_a_dataset_gives_the_documents_of_its_subset_and_split_in_the_order_of_i
     assert read("/nowhere", dataset=str(folder / "words"), subset="b") == ["w11 w12", "w13"]
 
 
+def test_a_dataset_that_is_fetched_whole_gives_the_same_blocks_from_any_place_on(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "BLOCK_ROWS", 2)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "fetched"))
+    for subset in ("a", "b"):
+        whole, streamed = (
+            list(hub.dataset_blocks(source(subset=subset, streaming=s), str(folder), None, ["text"], ["id"], Place()))
+            for s in (False, True)
+        )
+        assert [(b.first, b.records) for b in whole] == [(b.first, b.records) for b in streamed] and whole
+        for number, block in enumerate(whole):
+            of = source(subset=subset, streaming=False)
+            rest = hub.dataset_blocks(of, str(folder), None, ["text"], ["id"], block.after)
+            assert [b.records for b in rest] == [b.records for b in whole[number + 1 :]]
+
+
 def test_a_folder_of_json_lines_without_a_card_is_a_dataset_too(tmp_path):
     (tmp_path / "words").mkdir()
     (tmp_path / "words" / "a.jsonl").write_text('{"body": "w1"}\n{"body": "w2", "id": 3}\n')
@@ -103,7 +122,8 @@ def test_unusable_documents_of_a_dataset_are_skipped_and_counted_as_those_of_fil
     with caplog.at_level(logging.WARNING, "moect.data"):
         assert read(folder, 0.5, subset="b") == ["w1", "w2"]
     (line,) = [m for m in caplog.messages if "skipped" in m]
-    assert line == "words/b: skipped 2 of 4 documents as unusable; words/b, row 2: `text` is not a string"
+    kinds = "1 `text` is not a string, 1 `text` is empty"
+    assert line == f"words/b: skipped 2 of 4 documents as unusable: {kinds}; words/b, row 2: `text` is not a string"
     assert "2 of 4 documents are unusable" in refusal(read, folder, 0.49, subset="b")
     parquet(folder / "words" / "b" / "all.parquet", [" "])
     assert refusal(read, folder, 1.0, subset="b").startswith("words/b: the corpus is empty")
@@ -203,21 +223,21 @@ def test_tokens_of_a_dataset_are_those_of_the_same_text_in_a_file(folder):
     assert stores[0].n_documents == 4
 
 
-def test_a_dataset_folder_is_tokenized_again_only_when_its_own_text_changes(folder):
+def test_a_dataset_folder_is_tokenized_again_only_when_its_own_text_changes(folder, tokenized):
     tokenizer, cache = Words(), folder / "cache"
 
     def build(root):
         return build_store(source(subset="a"), DataConfig(root=str(root)), tokenizer, cache).n_tokens
 
     build(folder)
-    assert tokenizer.documents == 4
+    assert tokenized.total() == 4
     shutil.copytree(folder / "words", folder / "elsewhere" / "words")
     parquet(folder / "elsewhere" / "words" / "a" / "test-0.parquet", ["w1 w2 w3"])
     build(folder / "elsewhere")
-    assert tokenizer.documents == 4
+    assert tokenized.total() == 4
     parquet(folder / "elsewhere" / "words" / "a" / "train-1.parquet", ["w1 w2 w3"])
     build(folder / "elsewhere")
-    assert tokenizer.documents == 7
+    assert tokenized.total() == 7
 
 
 def served(monkeypatch, commits):
@@ -281,19 +301,20 @@ def test_keys_of_datasets_name_subset_revision_and_split(folder):
     assert [r["source"] for r in records] == ["words/a", "words/a:test", "words/a#2", "x/y@v1:dev"]
 
 
-UNKNOWN = dict.fromkeys(("documents", "tokens", "bytes", "rows_per_epoch", "epochs"))
+SIZES = ("documents", "tokens", "bytes", "rows_per_epoch", "epochs", "tokens_drawn", "padding", "cut")
+UNKNOWN = dict.fromkeys(SIZES)
 
 
-def test_a_plan_knows_of_a_dataset_what_the_loader_has_tokenized_before(folder):
+def test_a_plan_knows_of_a_dataset_what_the_loader_has_tokenized_before(folder, tokenized):
     write_corpus(folder / "new.jsonl", 40, seed=2)
     sources = [{"dataset": "words", "subset": "a", "lang": "en"}, {"path": "new.jsonl", "lang": "cy"}]
     config = run_config(folder, sources=sources, replay=0.25)
     tokenizer = Words()
     old, new = planned_sources(config, tokenizer, folder / "cache")
-    assert tokenizer.documents == 40  # the file is tokenized, the dataset is not
-    assert old == {"source": "words/a", "lang": "en", "role": "old", "weight": 0.25, **UNKNOWN}
+    assert tokenized.total() == 40  # the file is tokenized, the dataset is not
+    assert old == {"source": "words/a", "corpus": "words/a", "lang": "en", "role": "old", "weight": 0.25, **UNKNOWN}
     loader = Loader(config, tokenizer, folder / "cache")
-    assert new == loader.summary()[1] and tokenizer.documents == 44
+    assert new == loader.summary()[1] and tokenized.total() == 44
     assert planned_sources(config, tokenizer, folder / "cache") == loader.summary()
     config.train.batch_size = 1000
     assert "`train.batch_size` is 1000 rows" in refusal(planned_sources, config, tokenizer, folder / "cache")
@@ -356,26 +377,36 @@ def test_a_long_corpus_tells_how_far_it_is_and_a_short_one_nothing(monkeypatch, 
     now = [0.0]
     monkeypatch.setattr(progress, "monotonic", lambda: now[0])
 
-    def tokenize(limit, seconds):
+    def tokenize(total, seconds):
         caplog.clear()
-        counted = progress.Progress("x/y", limit)
-        for _ in range(4):
+        counted = progress.Progress("x/y", total)
+        for number in range(1, 5):
             now[0] += seconds
-            counted.add(1000, 2_500_000)
+            counted.add(1000, 2_500_000, number * 1000)
         counted.end()
         return caplog.messages
 
     with caplog.at_level(logging.INFO, "moect.data"):
         assert tokenize(4000, 7) == []
         assert tokenize(4000, 20) == [
-            "x/y: tokenized 2,000 documents, 5.0 MB, 50%, ETA 1m",
-            "x/y: tokenized 4,000 documents, 10.0 MB, 100%, ETA 0m",
-            "x/y: tokenized all 4,000 documents, 10.0 MB in 1m",
+            "x/y: tokenized 2,000 documents, 5.0 MB, 0.1 MB/s, 50%, ETA 1m",
+            "x/y: tokenized 4,000 documents, 10.0 MB, 0.1 MB/s, 100%, ETA 0m",
+            "x/y: tokenized 4,000 documents, 10.0 MB, 0.1 MB/s in 1m",
         ]
         assert tokenize(None, 3600)[3:] == [
-            "x/y: tokenized 4,000 documents, 10.0 MB",
-            "x/y: tokenized all 4,000 documents, 10.0 MB in 4h 00m",
+            "x/y: tokenized 4,000 documents, 10.0 MB, 0.0 MB/s",
+            "x/y: tokenized 4,000 documents, 10.0 MB, 0.0 MB/s in 4h 00m",
         ]
+
+
+def test_what_was_done_before_is_no_reason_for_hope(monkeypatch, caplog):
+    now = [0.0]
+    monkeypatch.setattr(progress, "monotonic", lambda: now[0])
+    counted = progress.Progress("x/y", 4000, done=3000)
+    now[0] += 60
+    with caplog.at_level(logging.INFO, "moect.data"):
+        counted.add(100, 250_000, 3100)
+    assert caplog.messages == ["x/y: tokenized 100 documents, 0.2 MB, 0.0 MB/s, 78%, ETA 9m"]
 
 
 def test_a_checkpoint_from_before_there_were_datasets_can_be_gone_on_from(tmp_path):
@@ -386,6 +417,22 @@ def test_a_checkpoint_from_before_there_were_datasets_can_be_gone_on_from(tmp_pa
             del entry[name]
     info = {"base_fingerprint": "same", "config": then}
     assert check_same_run(info, config, "same", "step-1") == []
+
+
+def test_a_dataset_of_the_hub_can_be_fetched_whole_and_prepared(tmp_path):
+    lay_out(tmp_path / "served")
+    Words().inner.save_pretrained(tmp_path / "base")
+    texts = [{"dataset": DATASET, "subset": "a", "lang": "en", "streaming": False}]
+    values = {"model": {"base": str(tmp_path / "base")}, "data": {"languages": {"en": "old"}, "train": texts}}
+    (tmp_path / "c.yaml").write_text(json.dumps({**values, "name": "x", "output": str(tmp_path / "runs")}))
+    with serving(tmp_path / "served", COMMIT) as served:
+        env = {**os.environ, **served.environment(tmp_path / "home"), "PYTHONPATH": str(REPOSITORY)}
+        command = [sys.executable, "-m", "moect.cli", "prepare", "--config", str(tmp_path / "c.yaml")]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "somebody/words/a: fetching all of it into " in done.stderr
+    (record,) = json.loads((tmp_path / "runs" / "x-data" / "prepare.json").read_text())["sources"]
+    assert record["documents"] == 4 and record["tokens"] == sum(len(t.split()) + 2 for t in A_TRAIN)
 
 
 def test_two_ranks_read_a_dataset_of_the_hub_once_and_go_on_without_network(place, monkeypatch):

@@ -1,7 +1,5 @@
-"""Stores and packing, against plain loops."""
+"""Rows of joined documents, against plain loops, and what a model sees of them."""
 
-import json
-import logging
 from collections import Counter
 
 import numpy as np
@@ -9,139 +7,27 @@ import pytest
 import torch
 from data_helpers import WORDS, Words, write_corpus
 
-from moect.data import store as store_module
-from moect.data.packing import PackedCorpus
+from moect.data.best_fit import BestFitRows
+from moect.data.corpus import Documents
+from moect.data.packing import JoinedRows
 from moect.data.store import build_store
 from moect.data_config import DataConfig, SourceConfig
-from moect.errors import DataError
 
 BOS, EOS = WORDS, WORDS + 1
+BOTH = pytest.mark.parametrize("packing", [JoinedRows, BestFitRows])
 
 
-def build(folder, tokenizer=None, path="c.jsonl", **options):
-    config = DataConfig(root=str(folder), languages={"en": "old"}, max_bad_fraction=options.pop("bad", 0.0))
-    source = SourceConfig(path=path, lang="en", **options)
-    return build_store(source, config, tokenizer or Words(), folder / "cache")
+def build(folder, tokenizer=None, *paths):
+    config = DataConfig(root=str(folder), languages={"en": "old"}, max_bad_fraction=0.0)
+    sources = [SourceConfig(path=path, lang="en") for path in paths or ("c.jsonl",)]
+    return Documents([build_store(s, config, tokenizer or Words(), folder / "cache", workers=1) for s in sources])
 
 
-@pytest.mark.parametrize(("bos", "eos"), [("<s>", "</s>"), (None, "</s>"), ("<s>", None), (None, None)])
-def test_a_store_holds_every_document_with_the_special_tokens_there_are(tmp_path, monkeypatch, bos, eos):
-    monkeypatch.setattr(store_module, "DOCUMENTS_AT_ONCE", 7)  # several batches
-    documents = write_corpus(tmp_path / "c.jsonl", 40, seed=1)
-    store = build(tmp_path, Words(bos, eos))
-    expected = [[BOS] * (bos is not None) + d + [EOS] * (eos is not None) for d in documents]
-    got = [store.tokens[a:b].tolist() for a, b in zip(store.offsets[:-1], store.offsets[1:], strict=True)]
-    assert got == expected
-    texts = [json.loads(line)["text"] for line in (tmp_path / "c.jsonl").read_text().splitlines()]
-    assert store.document_bytes.tolist() == [len(t.encode()) for t in texts]
-    assert (store.n_documents, store.n_tokens) == (40, sum(map(len, expected)))
-    assert (store.n_bytes, store.max_token) == (sum(store.document_bytes), max(map(max, expected)))
-    assert (store.tokens.dtype, store.offsets.dtype, store.document_bytes.dtype) == (np.uint32, np.int64, np.int64)
-    assert isinstance(store.tokens, np.memmap)
-
-
-def test_bytes_are_those_of_utf8_and_long_documents_are_not_truncated(tmp_path):
-    (tmp_path / "c.txt").write_text("w1 þrjú 三\n" + "w2 " * 5000 + "\n", encoding="utf-8")
-    tokenizer = Words()
-    tokenizer.inner.model_max_length = 10
-    tokenizer.inner.backend_tokenizer.enable_truncation(10)
-    store = build(tmp_path, tokenizer, "c.txt")
-    assert store.document_bytes.tolist() == [len("w1 þrjú 三".encode()), 15000]
-    assert np.diff(store.offsets).tolist() == [5, 5002]
-
-
-def test_a_store_is_written_once_and_rebuilt_when_anything_it_depends_on_changes(tmp_path):
-    write_corpus(tmp_path / "c.jsonl", 10, seed=1)
-    tokenizer = Words()
-    first = build(tmp_path, tokenizer)
-    again = build(tmp_path, tokenizer)
-    assert tokenizer.documents == 10
-    assert np.array_equal(first.tokens, again.tokens) and first.fingerprint == again.fingerprint
-    assert build(tmp_path, tokenizer, limit=4).n_documents == 4
-    no_eos = Words(eos=None)
-    assert build(tmp_path, no_eos).n_tokens == first.n_tokens - 10 and no_eos.documents == 10
-    write_corpus(tmp_path / "c.jsonl", 10, seed=2)
-    assert build(tmp_path, tokenizer).fingerprint != first.fingerprint
-    assert tokenizer.documents == 10 + 4 + 10
-
-
-def test_a_store_does_not_depend_on_where_the_corpus_lies_or_on_truncation_settings(tmp_path):
-    write_corpus(tmp_path / "c.jsonl", 10, seed=1)
-    (tmp_path / "d.jsonl").write_bytes((tmp_path / "c.jsonl").read_bytes())
-    tokenizer = Words()
-    build(tmp_path, tokenizer)
-    tokenizer.inner.backend_tokenizer.enable_truncation(5)
-    build(tmp_path, tokenizer, "d.jsonl")
-    assert tokenizer.documents == 10
-
-
-@pytest.mark.parametrize("damage", ["no meta", "bad meta", "old meta", "no tokens", "short tokens", "empty offsets"])
-def test_a_damaged_store_is_rebuilt_with_a_log_line(tmp_path, caplog, damage):
-    write_corpus(tmp_path / "c.jsonl", 10, seed=1)
-    expected = np.array(build(tmp_path).tokens)
-    (folder,) = (tmp_path / "cache").iterdir()
-    kind, name = damage.split()
-    path = folder / {"meta": "meta.json", "tokens": "tokens.npy", "offsets": "offsets.npy"}[name]
-    if kind == "no":
-        path.unlink()
-    else:
-        path.write_bytes({"bad": b"{", "old": b"{}", "short": path.read_bytes()[:-4], "empty": b""}[kind])
-    tokenizer = Words()
-    with caplog.at_level(logging.WARNING, "moect.data"):
-        store = build(tmp_path, tokenizer)
-    assert tokenizer.documents == 10 and np.array_equal(store.tokens, expected)
-    assert "damaged cache entry" in caplog.text
-    assert [p.name for p in (tmp_path / "cache").iterdir()] == [folder.name]
-
-
-@pytest.mark.parametrize("leave", ["good", "damaged"])
-def test_two_processes_that_build_the_same_store_both_succeed(tmp_path, leave):
-    write_corpus(tmp_path / "c.jsonl", 10, seed=1)
-
-    class Interrupted(Words):
-        def __call__(self, texts, **options):
-            store = build(tmp_path)  # the other process, from start to end, while this one tokenizes
-            if leave == "damaged":
-                (tmp_path / "cache" / store.fingerprint / "meta.json").unlink()
-            return super().__call__(texts, **options)
-
-    store = build(tmp_path, Interrupted())
-    assert np.array_equal(store.tokens, build(tmp_path).tokens) and store.n_documents == 10
-    assert [p.name for p in (tmp_path / "cache").iterdir()] == [store.fingerprint]
-
-
-def test_a_build_that_fails_leaves_nothing_behind(tmp_path):
-    (tmp_path / "c.txt").write_bytes(b"w1 w2\n\xff\n")
-    with pytest.raises(DataError, match=r"c\.txt:2"):
-        build(tmp_path, path="c.txt")
-    assert not list((tmp_path / "cache").iterdir())
-
-
-def test_a_cache_that_cannot_be_written_is_named(tmp_path):
-    write_corpus(tmp_path / "c.jsonl", 3, seed=1)
-    (tmp_path / "cache").write_text("a file in the way")
-    with pytest.raises(DataError, match=r"cache.*cannot be written"):
-        build(tmp_path)
-
-
-def test_a_corpus_with_nothing_to_predict_is_refused(tmp_path):
-    (tmp_path / "c.txt").write_text("w1\nw2\n")
-    with pytest.raises(DataError, match=r"c\.txt: no document has two tokens"):
-        build(tmp_path, Words(None, None), "c.txt")
-
-
-def test_the_header_of_a_token_file_has_room_for_any_length(tmp_path):
-    sizes = set()
-    for n in (0, 1, 10**6, 10**15):
-        with (tmp_path / "header").open("wb") as file:
-            store_module._write_header(file, n)
-            sizes.add(file.tell())
-    assert len(sizes) == 1
-
-
-def rows_by_loop(store, order, S):
+def rows_by_loop(documents, order, S):
     """The definition of packing, a token at a time."""
-    stream = [(d, t, i) for d in order for i, t in enumerate(store.tokens[store.offsets[d] : store.offsets[d + 1]])]
+    offsets = documents.offsets
+    tokens = documents.read(np.arange(documents.n_tokens))
+    stream = [(d, t, i) for d in order for i, t in enumerate(tokens[offsets[d] : offsets[d + 1]])]
     rows = []
     for start in range(0, max(1, len(stream) - 1), S):
         inputs, labels, positions, valid = [], [], [], []
@@ -162,8 +48,8 @@ def rows_by_loop(store, order, S):
 @pytest.mark.parametrize("bos", ["<s>", None])
 def test_rows_are_those_of_a_plain_loop(tmp_path, S, bos):
     write_corpus(tmp_path / "c.jsonl", 60, seed=4, longest=40)
-    store = build(tmp_path, Words(bos, None))
-    corpus = PackedCorpus(store, S, seed=5)
+    documents = build(tmp_path, Words(bos, None))
+    corpus = JoinedRows(documents, S, seed=5)
     orders = set()
     for epoch in range(3):
         first = corpus.row(epoch * corpus.rows_per_epoch)
@@ -171,7 +57,7 @@ def test_rows_are_those_of_a_plain_loop(tmp_path, S, bos):
         order = corpus._order.tolist()
         assert sorted(order) == list(range(60))
         orders.add(tuple(order))
-        expected = rows_by_loop(store, order, S)
+        expected = rows_by_loop(documents, order, S)
         assert len(expected) == corpus.rows_per_epoch
         for k, (inputs, labels, positions, valid) in enumerate(expected):
             row = corpus.row(epoch * corpus.rows_per_epoch + k)
@@ -182,11 +68,12 @@ def test_rows_are_those_of_a_plain_loop(tmp_path, S, bos):
     assert len(orders) == 3
 
 
+@BOTH
 @pytest.mark.parametrize("S", [2, 7, 16, 300])
-def test_every_token_but_the_first_of_each_document_is_a_label_exactly_once_an_epoch(tmp_path, S):
-    documents = write_corpus(tmp_path / "c.jsonl", 80, seed=6)
-    corpus = PackedCorpus(build(tmp_path), S, seed=0)
-    expected = Counter((a, b) for d in documents for a, b in zip([BOS] + d, d + [EOS], strict=True))
+def test_every_token_but_the_first_of_each_document_is_a_label_exactly_once_an_epoch(tmp_path, packing, S):
+    written = write_corpus(tmp_path / "c.jsonl", 80, seed=6)
+    corpus = packing(build(tmp_path), S, seed=0)
+    expected = Counter((a, b) for d in written for a, b in zip([BOS] + d, d + [EOS], strict=True))
     for epoch in range(2):
         seen = Counter()
         for k in range(corpus.rows_per_epoch):
@@ -197,39 +84,104 @@ def test_every_token_but_the_first_of_each_document_is_a_label_exactly_once_an_e
         assert seen == expected
 
 
+@BOTH
+@pytest.mark.parametrize("S", [2, 7, 16, 300])
+def test_fragments_say_which_tokens_of_which_document_a_row_holds(tmp_path, packing, S):
+    write_corpus(tmp_path / "a.jsonl", 30, seed=6, longest=50)
+    write_corpus(tmp_path / "b.jsonl", 20, seed=7, longest=50)
+    documents = build(tmp_path, None, "a.jsonl", "b.jsonl")
+    corpus = packing(documents, S, seed=0)
+    labels = Counter()
+    for k in range(corpus.rows_per_epoch):
+        row = corpus.row(k)
+        inputs, wanted, positions = [], [], []
+        for which, document, first, last in row.fragments_F4.tolist():
+            store = documents.stores[which]
+            start, stop = store.offsets[document : document + 2].tolist()
+            held = store.tokens[start + first : start + last + 1].tolist()
+            ends_here = packing is JoinedRows and start + last + 1 == stop and len(inputs) + len(held) <= S
+            inputs += held if ends_here else held[:-1]
+            wanted += held[1:] + [-100] * ends_here
+            positions += range(len(held) if ends_here else len(held) - 1)
+            labels.update((which, document, place) for place in range(first + 1, last + 1))
+        n = int(row.valid_S.sum())
+        assert row.input_ids_S[:n].tolist() == inputs and row.labels_S[:n].tolist() == wanted
+        assert row.position_ids_S[:n].tolist() == positions
+    expected = [
+        (which, document, place)
+        for which, store in enumerate(documents.stores)
+        for document, length in enumerate(np.diff(store.offsets).tolist())
+        for place in range(1, length)
+    ]
+    assert labels == Counter(expected)
+
+
+@BOTH
+def test_tokens_before_a_row_are_counted_as_by_reading_them(tmp_path, packing):
+    write_corpus(tmp_path / "c.jsonl", 30, seed=3, longest=40)
+    corpus = packing(build(tmp_path), 16, seed=0)
+    seen = 0
+    for k in range(2 * corpus.rows_per_epoch + 3):
+        assert corpus.tokens_before(k) == seen
+        seen += int(corpus.row(k).valid_S.sum())
+    assert corpus.tokens_before(corpus.rows_per_epoch) == corpus.tokens_per_epoch
+
+
+@BOTH
+@pytest.mark.parametrize("S", [8, 20])
+def test_the_share_of_documents_that_are_cut_is_that_of_those_with_labels_in_several_rows(tmp_path, packing, S):
+    write_corpus(tmp_path / "c.jsonl", 50, seed=3, longest=24)
+    corpus = packing(build(tmp_path), S, seed=0)
+    rows = Counter()
+    for k in range(corpus.rows_per_epoch):
+        held = corpus.row(k).fragments_F4
+        rows.update(held[held[:, 3] > held[:, 2], 1].tolist())
+    assert 0 < corpus.share_cut() < 1 and corpus.share_cut() == sum(n > 1 for n in rows.values()) / 50
+
+
 @pytest.mark.parametrize(("n_tokens", "rows"), [(1, 1), (4, 1), (5, 1), (6, 2), (9, 2), (10, 3)])
 def test_the_number_of_rows_wastes_none_on_a_token_that_can_only_be_a_label(tmp_path, n_tokens, rows):
     (tmp_path / "c.txt").write_text(" ".join(["w1"] * max(2, n_tokens)) + "\n")
-    store = build(tmp_path, Words(None, None), "c.txt")
-    store.n_tokens = n_tokens
-    assert PackedCorpus(store, 4, seed=0).rows_per_epoch == rows
+    documents = build(tmp_path, Words(None, None), "c.txt")
+    documents.n_tokens = n_tokens
+    assert JoinedRows(documents, 4, seed=0).rows_per_epoch == rows
 
 
-def test_a_row_is_a_function_of_seed_and_index_alone(tmp_path):
+@BOTH
+def test_a_row_is_a_function_of_seed_and_index_alone(tmp_path, packing):
     write_corpus(tmp_path / "c.jsonl", 50, seed=7)
-    store = build(tmp_path)
-    forward, backward = PackedCorpus(store, 16, seed=1), PackedCorpus(store, 16, seed=1)
+    documents = build(tmp_path)
+    forward, backward = packing(documents, 16, seed=1), packing(documents, 16, seed=1)
     indices = range(2 * forward.rows_per_epoch)
     one = [forward.row(i).input_ids_S.tolist() for i in indices]
     assert one == [backward.row(i).input_ids_S.tolist() for i in reversed(indices)][::-1]
-    other = PackedCorpus(store, 16, seed=-2)
+    other = packing(documents, 16, seed=-2)
     assert one != [other.row(i).input_ids_S.tolist() for i in indices]
+    half = forward.rows_per_epoch
+    assert sorted(map(tuple, one[:half])) != sorted(map(tuple, one[half:]))  # each epoch anew
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", ["Qwen3", "Llama"])
-def test_documents_in_one_row_cannot_see_one_another(tmp_path, family, attention):
+def packed_logits(folder, packing, family, attention, device="cpu", dtype=torch.float32):
+    """A small random model, rows of a corpus, and its logits of all rows at once."""
     import transformers
 
     shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=WORDS + 3)
     config = getattr(transformers, f"{family}Config")(**shape, num_key_value_heads=2, head_dim=8)
     config._attn_implementation = attention
     torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval().to(device, dtype)
 
-    write_corpus(tmp_path / "c.jsonl", 12, seed=8, longest=12)
-    corpus = PackedCorpus(build(tmp_path), 48, seed=0)
+    write_corpus(folder / "c.jsonl", 12, seed=8, longest=12)
+    corpus = packing(build(folder), 48, seed=0)
     rows = [corpus.row(k) for k in range(corpus.rows_per_epoch)]
+    return model, rows
+
+
+@BOTH
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["Qwen3", "Llama"])
+def test_documents_in_one_row_cannot_see_one_another(tmp_path, family, attention, packing):
+    model, rows = packed_logits(tmp_path, packing, family, attention)
     batch = {n: torch.from_numpy(np.stack([getattr(r, f"{n}_S") for r in rows])) for n in ("input_ids", "position_ids")}
     with torch.no_grad():
         packed = model(**batch, use_cache=False).logits
@@ -241,5 +193,22 @@ def test_documents_in_one_row_cannot_see_one_another(tmp_path, family, attention
                 torch.testing.assert_close(logits_SV[start:end], alone, atol=1e-5, rtol=0)
                 fragments += 1
         without_positions = model(batch["input_ids"], use_cache=False).logits
-    assert not rows[-1].valid_S.all() and fragments > 12  # padding and cut documents were among them
+    assert not all(row.valid_S.all() for row in rows) and fragments > 12  # padding was among them
     assert (without_positions - packed).abs().max() > 1e-3  # and the bound could have failed
+
+
+@BOTH
+def test_documents_in_one_row_cannot_see_one_another_under_flash_attention(tmp_path, packing):
+    if not torch.cuda.is_available():
+        pytest.skip("flash attention needs a GPU, and there is none")
+    pytest.importorskip("flash_attn", reason="the package flash-attn is not installed")
+    model, rows = packed_logits(tmp_path, packing, "Qwen3", "flash_attention_2", "cuda", torch.bfloat16)
+    plain, _ = packed_logits(tmp_path, packing, "Qwen3", "eager", "cuda", torch.bfloat16)
+    cuda = lambda array: torch.from_numpy(array[None]).cuda()  # noqa: E731
+    with torch.no_grad():
+        for row in rows:  # single rows: see `model.attention`
+            packed = model(cuda(row.input_ids_S), position_ids=cuda(row.position_ids_S), use_cache=False).logits[0]
+            edges = [*np.flatnonzero(row.position_ids_S == 0), len(row.input_ids_S)]
+            for start, end in zip(edges[:-1], edges[1:], strict=True):
+                alone = plain(cuda(row.input_ids_S[start:end]), use_cache=False).logits[0]
+                torch.testing.assert_close(packed[start:end].float(), alone.float(), atol=0.02, rtol=0.02)

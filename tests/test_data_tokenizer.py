@@ -6,8 +6,8 @@ import logging
 import pytest
 from transformers import AutoTokenizer
 
-from moect.config import ModelConfig
-from moect.data.tokenizer import load_tokenizer, train_tokenizer
+from moect.config import ModelConfig, config_from_dict
+from moect.data.tokenizer import find_tokenizer, load_tokenizer, run_tokenizer, train_tokenizer
 from moect.errors import DataError
 
 TEXTS = ["<cy> 219 = dau gant a phedwar ar bymtheg", "þrjú hundruð\ntvö  þúsund 1999"] * 3
@@ -77,3 +77,19 @@ def test_a_tokenizer_that_cannot_be_loaded_is_named_with_the_remedy(tmp_path, co
 def test_a_vocabulary_without_room_for_the_bytes_is_refused(tmp_path):
     with pytest.raises(DataError, match="a tokenizer of 258 tokens: bytes and special tokens alone are 259"):
         train_tokenizer(TEXTS, 258, tmp_path)
+
+
+def test_a_tokenizer_that_is_still_to_be_trained_is_not_found(tmp_path):
+    (tmp_path / "cy.txt").write_text("\n".join(TEXTS[::2]))
+    folder = str(tmp_path / "tokenizer")
+    config = config_from_dict(
+        {
+            "method": "full",
+            "output": str(tmp_path / "runs"),
+            "model": {"from_config": {"model_type": "llama"}, "tokenizer": folder, "train_tokenizer": 300},
+            "data": {"root": str(tmp_path), "languages": {"cy": "old"}, "train": [{"path": "cy.txt", "lang": "cy"}]},
+        }
+    )
+    assert find_tokenizer(config) is None
+    made = run_tokenizer(config)
+    assert find_tokenizer(config).get_vocab() == made.get_vocab()

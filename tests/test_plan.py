@@ -8,6 +8,7 @@ from small_runs import VOCABULARY
 from tiny import FAMILIES, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from moect.cli import main
 from moect.data.loader import Loader
 from moect.data.tokenizer import load_tokenizer
 from moect.model import losses
@@ -157,18 +158,71 @@ def test_planned_time_is_operations_by_the_assumed_rate(place):
 def test_what_is_not_known_of_a_corpus_is_a_question_mark(place):
     config = place.config()
     known = dict.fromkeys(("documents", "tokens", "bytes", "weight", "rows_per_epoch", "epochs"))
+    known |= dict.fromkeys(("tokens_drawn", "padding", "cut"))
     mixture = [
         {**known, "source": "a/b", "lang": "en", "role": "old", "weight": 0.25},
         {**known, "source": "c", "lang": "cy", "role": "new", "documents": 1200, "tokens": 34_000, "weight": 0.75},
     ]
     text = render(make_plan(config, build_model(config, meta=True), mixture, world_size=1)).splitlines()
-    assert text[-3].split() == ["en", "old", "?", "?", "25.0%", "?", "a/b"]
-    assert text[-2].split() == ["cy", "new", "1,200", "34.00", "k", "75.0%", "?", "c"]
+    assert text[-3].split() == ["en", "old", "?", "?", "25.0%", "?", "?", "?", "?", "a/b"]
+    assert text[-2].split() == ["cy", "new", "1,200", "34.00", "k", "75.0%", "?", "?", "?", "?", "c"]
     assert text[-1].startswith("?: 1 of 2 corpora")
+
+
+def table(text: str) -> list[list[str]]:
+    """The words of the lines of the mixture's table, without its heading."""
+    lines = text.partition("language  ")[2].partition("\n\n")[0].splitlines()[1:]
+    return [line.replace(" k", "k").split() for line in lines]
+
+
+def test_the_table_shows_each_language_and_its_sources_below_it_where_it_has_several(place):
+    halves = [place.output / name for name in ("first.jsonl", "second.jsonl")]
+    lines = (place.inputs / "cy.train.jsonl").read_text().splitlines(keepends=True)
+    for half, part in zip(halves, (lines[:80], lines[80:]), strict=True):
+        half.write_text("".join(part))
+    sources = [{"path": "en.train.jsonl", "lang": "en"}, *({"path": str(h), "lang": "cy"} for h in halves)]
+    data = {"train": sources, "packing": "best-fit", "sampling": "unimax", "max_epochs": 4}
+    config = place.config(data=data)
+    loader = Loader(config, load_tokenizer(config.model), place.output / "cache")
+    plan = make_plan(config, build_model(config, meta=True), loader.summary(), world_size=1)
+    text = render(plan)
+    assert (
+        "rows of 24 tokens, packed by best fit, 25.0% of them old languages; languages equally, at most 4 epochs"
+        in text
+    )
+    english, welsh, first, second = table(text)
+    rows = 6 * 8
+    epochs = 0.75 * rows / loader.packed[1].rows_per_epoch
+    assert english[:3] == ["en", "old", "120"] and english[4] == "25.0%" and english[-1] == "en.train.jsonl"
+    assert welsh[:3] == ["cy", "new", "120"] and welsh[4] == "75.0%" and welsh[-2:] == ["2", "sources"]
+    assert welsh[6] == f"{epochs:.2f}" == first[4] == second[4]
+    assert (first[0], second[0]) == ("80", "40") and [first[-1], second[-1]] == list(map(str, halves))
+    drawn = [record["tokens_drawn"] for record in loader.summary()]
+    padding = 1 - loader.packed[1].tokens_per_epoch / (loader.packed[1].rows_per_epoch * 24)
+    assert sum(drawn[1:]) == pytest.approx(0.75 * rows * 24 * (1 - padding), abs=2)
+    assert welsh[7] == f"{padding:.2%}" and welsh[8] == f"{loader.packed[1].share_cut():.1%}"
+
+
+def test_moect_plan_shows_a_row_of_each_language_as_the_model_will_see_it(place, capsys):
+    config = place.config(data={"packing": "best-fit"})
+    assert main(["plan", "--config", str(place.write(config))]) == 0
+    out = capsys.readouterr().out
+    loader = Loader(config, load_tokenizer(config.model), place.output / ".cache")
+    texts = {json.loads(line)["text"] for line in (place.inputs / "cy.train.jsonl").read_text().splitlines()}
+    sample = out.partition("a row of cy: ")[2].splitlines()
+    held = loader.packed[1].row(0).fragments_F4
+    assert sample[0].startswith(f"{len(held)} document")
+    shown = [line.strip() for line in sample[1:] if "⟦" in line or "⟧" in line]
+    assert shown and any(line.startswith("⟦<s>") for line in shown)
+    for line in shown:
+        text = line.strip("⟦⟧").removeprefix("<s>").removesuffix("</s>")
+        assert any(all(part.strip() in t for part in text.split(" … ")) for t in texts)
+    assert "a row of en: " in out and not config.folder.exists()
 
 
 def test_plan_of_a_run_is_printed_and_kept(place, capsys):
     run = train(place.config())
     plan = json.loads((run / "plan.json").read_text())
     assert plan["parameters"] == brute_force("moe-ct")
+    assert [sample["lang"] for sample in plan["samples"]] == ["en", "cy"]
     assert render(plan) in capsys.readouterr().out

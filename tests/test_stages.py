@@ -241,7 +241,7 @@ def test_two_runs_one_after_the_other_read_an_epoch_without_repetition(place):
     seen = [row for _ in range(5) for batch in first.next_step() for row in batch.input_ids_BS.tolist()]
     second.go_on_after(first.state_dict())
     seen += [row for _ in range(5) for batch in second.next_step() for row in batch.input_ids_BS.tolist()]
-    rows = [corpus.row(i).input_ids_S.tolist() for corpus in whole.corpora for i in range(corpus.rows_per_epoch)]
+    rows = [corpus.row(i).input_ids_S.tolist() for corpus in whole.packed for i in range(corpus.rows_per_epoch)]
     assert len(seen) == len({tuple(row) for row in seen}) == 40 and all(row in rows for row in seen)
 
 

@@ -93,7 +93,7 @@ def test_the_folder_keeps_the_configuration_from_before_a_changed_resume(place):
         ("moe", "experts", 5),
         ("moe", "fusion", "fixed"),
         ("data", "sequence_length", 16),
-        ("data", "replay", 0.5),
+        ("data", "packing", "best-fit"),
         ("train", "batch_size", 4),
         (None, "seed", 6),
         (None, "method", "full"),

@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 from moect.bench.peers import IMPLEMENTATIONS, PREFIX
+from moect.tables import aligned
 
 Record = dict  # one shape, dtype and contestant: what `moect.bench.dispatch.run` returns under "results"
 
 RIVAL = PREFIX + "grouped_mm"  # whose memory is the measure
 MEMORY_HEADINGS = [f"memory x {RIVAL}", f"beyond results x {RIVAL}"]
 BELOW_CLOSING = f"best of hf: the fastest of {', '.join(IMPLEMENTATIONS)}"
-
-
-def aligned(heading: list[str], rows: list[list[str]], left: int = 1) -> str:
-    """Columns as wide as what they hold, a rule below the heading; all but the first `left` are figures."""
-    widths = [max(map(len, column)) for column in zip(heading, *rows, strict=True)]
-
-    def line(cells: list[str]) -> str:
-        justified = (c.ljust(w) if n < left else c.rjust(w) for n, (c, w) in enumerate(zip(cells, widths, strict=True)))
-        return "  ".join(justified).rstrip()
-
-    lines = [line(heading), *map(line, rows)]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 def render_case(records: list[Record], dense: bool) -> str:

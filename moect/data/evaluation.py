@@ -6,12 +6,12 @@ import hashlib
 import json
 import logging
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from moect.data.hub import identity
-from moect.data.sources import read_documents, source_key
-from moect.data_config import DataConfig, EvaluationConfig, Role
+from moect.data.sources import read_documents
+from moect.data_config import DataConfig, EvaluationConfig, Role, source_key
 from moect.errors import DataError
 
 log = logging.getLogger("moect.data")
@@ -24,10 +24,12 @@ class EvaluationDocument:
     Attributes:
         text: the text; with an answer, the prompt alone.
         answer: what should follow the prompt; None where the text is not a prompt.
+        id: its name, as of a `Document`.
     """
 
     text: str
     answer: str | None = None
+    id: str = field(default="", compare=False)
 
     @property
     def full_text(self) -> str:
@@ -75,7 +77,7 @@ def load_evaluation(config: DataConfig, cache_folder: Path | None = None) -> lis
 
 def _documents(source: EvaluationConfig, config: DataConfig, cache_folder: Path | None) -> list[EvaluationDocument]:
     return [
-        EvaluationDocument(d.text, d.fields[source.answer_field] if source.answer_field else None)
+        EvaluationDocument(d.text, d.fields[source.answer_field] if source.answer_field else None, d.id)
         for d in read_documents(source, config.root, config.max_bad_fraction, cache_folder)
     ]
 
@@ -83,7 +85,8 @@ def _documents(source: EvaluationConfig, config: DataConfig, cache_folder: Path 
 def _kept_documents(source: EvaluationConfig, config: DataConfig, cache_folder: Path) -> list[EvaluationDocument]:
     """The documents of a dataset, from the cache if they are there, else read and written to it, one JSON object a
     line."""
-    options = [source.text_field, source.answer_field, source.limit, config.max_bad_fraction]
+    filters = {name: asdict(conditions) for name, conditions in source.filter.items()}
+    options = [source.text_field, source.answer_field, source.limit, filters, config.max_bad_fraction]
     made_of = [*identity(source, config.root, cache_folder), *options]
     file = cache_folder / "evaluation" / f"{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()}.jsonl"
     if file.exists():

@@ -7,7 +7,6 @@ resume and rank after that reads the same text, and none of them needs the netwo
 from __future__ import annotations
 
 import difflib
-import hashlib
 import logging
 import os
 import re
@@ -16,7 +15,9 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from moect.data_config import EvaluationConfig, SourceConfig
+from moect.data.digests import digest
+from moect.data.files import BLOCK_ROWS, Block, Place
+from moect.data_config import EvaluationConfig, SourceConfig, source_key
 from moect.errors import DataError
 
 log = logging.getLogger("moect.data")
@@ -61,43 +62,93 @@ def identity(
     """
     if folder := dataset_folder(source, root):
         files = _builder(source, folder, None).config.data_files[source.split]
-        return ["folder", *(part for file in files for part in (Path(file).suffix, _digest(file)))]
+        return ["folder", *(part for file in files for part in (Path(file).suffix, digest(Path(file), cache_folder)))]
     commit = _commit(source, cache_folder, online)
     return commit and ["hub", source.dataset, source.subset or "", source.split, commit]
 
 
-def read_rows(
-    source: SourceConfig | EvaluationConfig, root: str, cache_folder: Path | None, needed: list[str]
-) -> Iterator[dict]:
-    """The rows of a dataset in its own order, streamed: nothing is stored, and an interrupted stream starts again from
-    the beginning.
+def dataset_blocks(
+    source: SourceConfig | EvaluationConfig,
+    root: str,
+    cache_folder: Path | None,
+    columns: list[str],
+    wished: list[str],
+    after: Place,
+) -> Iterator[Block]:
+    """The rows of a dataset in its own order: streamed, or, with `source.streaming` false, from the datasets library's
+    cache, which then holds all of it.
 
     Args:
         source, root, cache_folder: as for `identity`.
-        needed: the columns that a row is to hold.
+        columns: those that must be there.
+        wished: those that are read too where they are there.
+        after: where to begin.
 
     Raises:
         DataError: no such dataset, subset, split, revision or column; no access; no network; or damaged data.
     """
+    if after.file:  # it was read to its end
+        return
     folder = dataset_folder(source, root)
     commit = None if folder else _commit(source, cache_folder)
     builder = _builder(source, folder, commit)
-    number = 0
+    blocks = _streamed if source.streaming else _stored
+    number = after.record
     try:
-        rows = builder.as_streaming_dataset(split=source.split)
-        columns = rows.column_names or list(next(iter(rows), {}))
-        if missing := [name for name in needed if name not in columns]:
-            raise DataError(
-                f"{_named(source)}: has no column `{missing[0]}`{_near(missing[0], columns)}; set `text_field` (or "
-                "`answer_field`) to the right one"
-            )
-        for row in rows.select_columns(needed):
-            number += 1
-            yield row
+        for rows, last in blocks(builder, source, columns, wished, after):
+            first, number = number + 1, number + len(rows)
+            yield Block(source_key(source), "rows", first, rows, last or Place(file=1, record=number))
     except DataError:
         raise
     except Exception as error:  # each file format has exceptions of its own
         raise _explained(error, source, commit, f"after {number} rows" if number else "") from error
+
+
+def _streamed(
+    builder, source, columns: list[str], wished: list[str], after: Place
+) -> Iterator[tuple[list, Place | None]]:
+    """Rows, and where to go on behind them; None for the last."""
+    stream = builder.as_streaming_dataset(split=source.split)
+    names = stream.column_names or list(next(iter(stream), {}))
+    stream = stream.select_columns(_chosen(source, names, columns, wished))
+    if after.stream:
+        stream.load_state_dict(after.stream)
+    number, rows = after.record, []
+    for row in stream:
+        rows.append(row)
+        if len(rows) == BLOCK_ROWS:
+            number += len(rows)
+            yield rows, Place(record=number, stream=stream.state_dict())
+            rows = []
+    if rows:
+        yield rows, None
+
+
+def _stored(
+    builder, source, columns: list[str], wished: list[str], after: Place
+) -> Iterator[tuple[list, Place | None]]:
+    """As `_streamed`."""
+    log.info("%s: fetching all of it into %s", source_key(source), builder.cache_dir)
+    builder.download_and_prepare()
+    table = builder.as_dataset(split=source.split)
+    table = table.select_columns(_chosen(source, table.column_names, columns, wished))
+    for start in range(after.record, len(table), BLOCK_ROWS):
+        stop = min(start + BLOCK_ROWS, len(table))
+        yield _rows(table[start:stop]), Place(record=stop) if stop < len(table) else None
+
+
+def _rows(columns: dict[str, list]) -> list[dict]:
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _chosen(source, names: list[str], columns: list[str], wished: list[str]) -> list[str]:
+    """The columns to read, of those that there are."""
+    if missing := [name for name in columns if name not in names]:
+        raise DataError(
+            f"{_named(source)}: has no column `{missing[0]}`{_near(missing[0], names)}; set `text_field` (or "
+            "`answer_field`, `id_field`, `filter`) to the right one"
+        )
+    return [*columns, *(name for name in wished if name in names and name not in columns)]
 
 
 def _builder(source: SourceConfig | EvaluationConfig, folder: Path | None, commit: str | None):
@@ -255,14 +306,6 @@ def _near(name: str, names: list[str]) -> str:
 def _some(names: list[str]) -> str:
     more = len(names) - SHOWN
     return ", ".join(map(repr, names[:SHOWN])) + (f" and {more} more" if more > 0 else "")
-
-
-def _digest(file: str) -> str:
-    try:
-        with open(file, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror or error}); check its permissions") from error
 
 
 @cache

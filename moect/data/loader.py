@@ -1,57 +1,37 @@
 """The loader: which rows an optimizer step takes, and this rank's micro-batches of them.
 
-The rows of a step are a function of the configuration and of the rows drawn before, never of the number of ranks.
+The rows of a step are a function of the configuration and of the rows drawn before, never of the number of ranks, of
+micro-batches or of worker processes.
 
 B rows of a micro-batch, S tokens a row
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import zlib
-from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from moect.config import RunConfig
-from moect.data.mixture import Mixture, source_weights
-from moect.data.packing import PackedCorpus, Row
-from moect.data.sources import source_key
+from moect.data.batch import MicroBatch, RowReader
+from moect.data.best_fit import BestFitRows
+from moect.data.corpus import Corpus, Documents, corpora_of, source_keys
+from moect.data.mixture import Mixture, Segment
+from moect.data.packing import JoinedRows
+from moect.data.shares import corpus_shares
 from moect.data.store import TokenStore, build_store, find_store
-from moect.data_config import DataConfig, SourceConfig
+from moect.data.summary import sample_rows, source_records
+from moect.data.workers import Workers
 from moect.errors import CheckpointError, ConfigError, DataError
 
 log = logging.getLogger("moect.data")
 
-ROLES = {"old": 0, "new": 1}
-PADDING = -1
-
-
-@dataclass
-class MicroBatch:
-    """What a rank takes at once.
-
-    Attributes:
-        input_ids_BS: int64.
-        labels_BS: int64, already shifted: the next token of the same document, else -100.
-        position_ids_BS: int64, from 0 in each document's fragment. Pass them to the model with `use_cache=False` and
-            without an attention mask: then documents cannot see one another.
-        role_BS: int8, role of the token's language: 0 old, 1 new, -1 padding.
-    """
-
-    input_ids_BS: Tensor
-    labels_BS: Tensor
-    position_ids_BS: Tensor
-    role_BS: Tensor
-
-    def to(self, device) -> MicroBatch:
-        """The same on another device."""
-        return MicroBatch(*(getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)))
+PACKINGS = {"concatenate": JoinedRows, "best-fit": BestFitRows}
+DECIDES_ROWS = {"seed": "seed", "sequence_length": "data.sequence_length", "packing": "data.packing"}
 
 
 class Loader:
@@ -63,6 +43,12 @@ class Loader:
         cache_folder: where token stores are kept.
         rank, world_size: this process, and how many share the steps.
         vocab_size: rows of the model's embedding, to check the tokens against.
+
+    Attributes:
+        corpora: of the configuration.
+        packed: the rows of each.
+        mixture: which corpus gives the next row.
+        skipped: rows of each corpus that an earlier run has taken.
 
     Raises:
         ConfigError: the batch does not divide among the ranks, or no source has a weight.
@@ -80,140 +66,227 @@ class Loader:
     ):
         assert 0 <= rank < world_size
         self.config, self.rank, self.world_size = config, rank, world_size
-        self.sources = config.data.train
-        self.keys = _keys(self.sources)
-        self.roles = [config.data.languages[source.lang] for source in self.sources]
         check_division(config.train.batch_size, config.train.micro_batch, world_size)
-
-        self.stores = [build_store(source, config.data, tokenizer, cache_folder) for source in self.sources]
-        for key, store in zip(self.keys, self.stores, strict=True):
+        self.stores = [build_store(source, config.data, tokenizer, cache_folder) for source in config.data.train]
+        for key, store in zip(source_keys(config.data.train), self.stores, strict=True):
             if vocab_size is not None and store.max_token >= vocab_size:
                 raise DataError(
                     f"{key}: the tokenizer gives token {store.max_token}, the model has {vocab_size}; set "
                     "`model.tokenizer` to the model's own"
                 )
-        self.corpora = [
-            # a seed for each source, so that parallel corpora are not read in step
-            PackedCorpus(store, config.data.sequence_length, (config.seed << 32) + zlib.crc32(key.encode("utf-8")))
-            for key, store in zip(self.keys, self.stores, strict=True)
-        ]
-        self.skipped = [0] * len(self.sources)  # rows of each source that an earlier run has taken
-        self.weights = self._weights()
-        self.mixture = Mixture(self.weights)
-
-        _check_batch(config, self.summary())
+        self.corpora = corpora_of(config.data)
+        self.packed = _pack(config, self.corpora, self.stores)
+        self.skipped = [0] * len(self.corpora)
+        self._tokens_skipped: list[int] | None = None  # the tokens in them, once somebody has asked
+        self.mixture = Mixture(self._shares(tell=rank == 0))
+        for corpus, share in zip(self.corpora, self.mixture.weights, strict=True):
+            if share == 0 and rank == 0:
+                log.warning("%s: has weight 0 and is never read", corpus.key)
+        _check_batch(config, self.packed, self.mixture.weights.tolist())
+        self._reader = RowReader(self.corpora, self.packed, sorted(config.data.languages))
+        self._workers = Workers(self._reader, config.data.workers, self._ahead) if config.data.workers else None
 
     @property
     def rows(self) -> int:
         """Rows that all steps so far have taken, over all ranks."""
         return sum(self.mixture.drawn)
 
+    @property
+    def change(self) -> dict[str, dict[str, float]] | None:
+        """The shares of the corpora by key, `before` and `now`, if they change at the next row; else None."""
+        *_, before, now = [None, *self.mixture.segments]
+        if before is None or now.row < self.rows:
+            return None
+        return {"before": self._by_key(before.weights.tolist()), "now": self._by_key(now.weights.tolist())}
+
     def next_step(self) -> list[MicroBatch]:
         """This rank's micro-batches of the next optimizer step.
 
         Micro-batch m of rank r holds rows (m * world_size + r) * micro_batch and following of the step.
+
+        Raises:
+            DataError: a worker process ended.
         """
-        B = self.config.train.micro_batch
-        chosen = []  # (source, row of the source) for each row of the step
-        for _ in range(self.config.train.batch_size):
-            source = self.mixture.next()
-            chosen.append((source, self.skipped[source] + self.mixture.drawn[source] - 1))
-        starts = range(self.rank * B, len(chosen), self.world_size * B)
-        return [self._micro_batch(chosen[start : start + B]) for start in starts]
+        if self._workers:  # they plan from where the mixture stands when they begin, so this comes before drawing
+            train = self.config.train
+            count = train.batch_size // (train.micro_batch * self.world_size)
+            batches = [self._workers.next() for _ in range(count)]
+            self._draw(self.mixture)
+            return batches
+        return [MicroBatch.of(self._reader[chosen]) for chosen in self._draw(self.mixture)]
+
+    def close(self) -> None:
+        """End the worker processes."""
+        if self._workers:
+            self._workers.close()
+
+    def tokens_seen(self) -> dict[str, int]:
+        """By language, in the order of the corpora: tokens, no padding, that all steps so far have taken, over all
+        ranks. What an earlier run has taken does not count."""
+        if self._tokens_skipped is None:
+            self._tokens_skipped = [rows.tokens_before(n) for rows, n in zip(self.packed, self.skipped, strict=True)]
+        seen = dict.fromkeys((corpus.lang for corpus in self.corpora), 0)
+        for i, corpus in enumerate(self.corpora):
+            until_now = self.packed[i].tokens_before(self.skipped[i] + self.mixture.drawn[i])
+            seen[corpus.lang] += until_now - self._tokens_skipped[i]
+        return seen
 
     def state_dict(self) -> dict:
-        """The position, as plain values; the same on all ranks.
+        """The position, as plain values; the same on all ranks, whatever worker processes have made ahead.
 
-        `rows` drawn in all, rows `drawn` from each source after those `skipped`, and what gives these numbers their
-        meaning: the `corpora`'s fingerprints, `seed` and `sequence_length`.
+        `rows` drawn in all, rows `drawn` from each corpus after those `skipped`, the mixture's `segments`, and what
+        gives these numbers their meaning: the fingerprints of the `corpora`'s sources, and how rows are cut.
         """
+        segments = self.mixture.segments
         return {
             "rows": self.rows,
-            "drawn": dict(zip(self.keys, self.mixture.drawn, strict=True)),
-            "skipped": dict(zip(self.keys, self.skipped, strict=True)),
-            "corpora": dict(zip(self.keys, (store.fingerprint for store in self.stores), strict=True)),
-            "seed": self.config.seed,
-            "sequence_length": self.config.data.sequence_length,
+            "drawn": self._by_key(self.mixture.drawn),
+            "skipped": self._by_key(self.skipped),
+            "segments": [
+                {"row": s.row, "weights": self._by_key(s.weights.tolist()), "drawn": self._by_key(s.drawn)}
+                for s in segments
+            ],
+            "corpora": {corpus.key: self._fingerprint(corpus) for corpus in self.corpora},
+            **self._decides_rows(),
         }
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from a position, on any number of ranks.
 
+        Where the configuration gives the corpora other shares than they had, the new ones hold from here on; see
+        `change`.
+
         Raises:
             CheckpointError: it is a position in other data, or none at all.
         """
         mine = self.state_dict()
-        if isinstance(state, dict):  # positions of before there were stages have skipped nothing
-            state = {"skipped": dict.fromkeys(self.keys, 0), **state}
+        if isinstance(state, dict):  # positions of before there were stages have skipped nothing, and so on
+            state = {"skipped": dict.fromkeys(mine["drawn"], 0), "segments": [], "packing": "concatenate", **state}
         if not isinstance(state, dict) or set(state) != set(mine):
             raise CheckpointError("the checkpoint's data position is incomplete; resume from another checkpoint")
-        problem = None
-        if gone := [key for key in state["drawn"] if key not in mine["drawn"]]:
-            problem = f"`{gone[0]}` is no longer in `data.train`"
-        elif added := [key for key in mine["drawn"] if key not in state["drawn"]]:
-            problem = f"`{added[0]}` is new in `data.train`"
-        elif changed := [key for key in self.keys if state["corpora"].get(key) != mine["corpora"][key]]:
-            problem = f"the text of `{changed[0]}`, its options or the tokenizer changed"
-        else:
-            for name, key in (("seed", "seed"), ("sequence_length", "data.sequence_length")):
-                if state[name] != mine[name]:
-                    problem = f"`{key}` was {state[name]} and is {mine[name]}"
-        if problem:
+        if problem := _difference(state, mine):
             raise CheckpointError(f"the checkpoint is of other data: {problem}; restore that, or start a new run")
-        drawn, skipped = ([state[name].get(key) for key in self.keys] for name in ("drawn", "skipped"))
-        if not all(isinstance(n, int) and n >= 0 for n in drawn + skipped) or sum(drawn) != state["rows"]:
-            raise CheckpointError("the checkpoint's data position is damaged; resume from another checkpoint")
-        self.skipped = skipped
-        self.mixture = Mixture(self.weights, drawn)
+        try:
+            drawn, skipped = ([_count(state[name][c.key]) for c in self.corpora] for name in ("drawn", "skipped"))
+            segments = [
+                Segment(
+                    _count(s["row"]),
+                    np.array([float(s["weights"][c.key]) for c in self.corpora]),
+                    tuple(_count(s["drawn"][c.key]) for c in self.corpora),
+                )
+                for s in state["segments"]
+            ]
+            if sum(drawn) != state["rows"] or any(sum(s.drawn) != s.row for s in segments):
+                raise ValueError("rows do not add up")
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                "the checkpoint's data position is damaged; resume from another checkpoint"
+            ) from error
+        self.skipped, self.mixture = skipped, self._mixture(drawn, segments)
+        self._restart()
 
     def go_on_after(self, state: dict) -> None:
         """Begin each corpus where another run's position, `state`, stands in it, so that no document comes twice in an
         epoch. A corpus that the other run did not have, or cut otherwise, begins at its start."""
         skipped = state.get("skipped", {})
-        for i, key in enumerate(self.keys):
-            if state["corpora"].get(key) == self.stores[i].fingerprint:
-                self.skipped[i] = skipped.get(key, 0) + state["drawn"][key]
-        moved = [name for name in ("seed", "sequence_length") if state[name] != self.state_dict()[name]]
+        for i, corpus in enumerate(self.corpora):
+            if state["corpora"].get(corpus.key) == self._fingerprint(corpus):
+                self.skipped[i] = skipped.get(corpus.key, 0) + state["drawn"][corpus.key]
+        then = {"packing": "concatenate", **state}
+        moved = [name for name, now in self._decides_rows().items() if then[name] != now]
         if moved:  # then rows are cut and ordered otherwise
-            self.skipped = [0] * len(self.keys)
+            self.skipped = [0] * len(self.corpora)
+        self._restart()
         if self.rank == 0:
             why = f" ({' and '.join(moved)} changed)" if moved else ""
             count = sum(map(bool, self.skipped))
-            log.info("%d of %d corpora are read on from where the run before stopped%s", count, len(self.keys), why)
+            log.info("%d of %d corpora are read on from where the run before stopped%s", count, len(self.corpora), why)
 
     def summary(self) -> list[dict]:
-        """One record a source: source, lang, role, documents, tokens, bytes, weight (its share of the rows),
-        rows_per_epoch, and epochs that `train.steps` will take it through."""
-        return _summary(self.config, self.stores, self.weights.tolist())
+        """One record a source: source, the corpus that it is in, lang, role, documents, tokens, bytes and weight (its
+        share of the rows that are left); and of its corpus rows_per_epoch, epochs that the run will take it through,
+        the share of padding, and the share of documents that are cut. tokens_drawn are those of the whole run."""
+        weights = self.mixture.weights.tolist()
+        return source_records(self.config, self.corpora, self.stores, self.packed, weights, self.mixture.drawn)
 
-    def _weights(self) -> np.ndarray:
-        weights = np.array(_shares(self.config.data, [store.n_tokens for store in self.stores]))
-        for key, weight in zip(self.keys, weights, strict=True):
-            if weight == 0:
-                log.warning("%s: has weight 0 and is never read", key)
-        return weights
+    def samples(self, tokenizer) -> list[dict]:
+        """A row of each language to look at; see `sample_rows`."""
+        return sample_rows(self.config, self.corpora, self.packed, tokenizer)
 
-    def _micro_batch(self, chosen: list[tuple[int, int]]) -> MicroBatch:
-        rows = [self.corpora[source].row(index) for source, index in chosen]
-        role_B = [ROLES[self.roles[source]] for source, _ in chosen]
-        return MicroBatch(
-            input_ids_BS=_stack([row.input_ids_S for row in rows]),
-            labels_BS=_stack([row.labels_S for row in rows]),
-            position_ids_BS=_stack([row.position_ids_S for row in rows]),
-            role_BS=_stack([_role_S(row, role) for row, role in zip(rows, role_B, strict=True)]),
-        )
+    def _shares(self, row: int = 0, drawn: tuple[int, ...] | None = None, tell: bool = False) -> np.ndarray:
+        tokens = [rows.documents.n_tokens for rows in self.packed]
+        sizes = [rows.rows_per_epoch for rows in self.packed]
+        return np.array(corpus_shares(self.config, self.corpora, tokens, sizes, row, drawn, tell))
+
+    def _mixture(self, drawn: list[int], segments: list[Segment]) -> Mixture:
+        """A mixture that has come so far; from here on with other shares, where the configuration now gives such."""
+        rows = sum(drawn)
+        if segments:  # machines may differ in the last bit of a power
+            last = segments[-1]
+            same = np.allclose(last.weights, self._shares(last.row, last.drawn), rtol=1e-9, atol=1e-12)
+        else:  # a position of before there were segments: what was drawn tells the shares, to a row or two
+            first = self._shares()
+            same = np.abs(first * rows - drawn).max() < 2
+            segments = [Segment(0, first if same else np.array(drawn) / rows, (0,) * len(drawn))]
+        mixture = Mixture(segments[-1].weights, drawn, segments)
+        if not same:
+            mixture.change(self._shares(rows, tuple(drawn), tell=self.rank == 0))
+        return mixture
+
+    def _draw(self, mixture: Mixture) -> list[list[tuple[int, int]]]:
+        """The next step: for each of this rank's micro-batches, (corpus, row of the corpus) of its rows."""
+        B = self.config.train.micro_batch
+        chosen = []
+        for _ in range(self.config.train.batch_size):
+            corpus = mixture.next()
+            chosen.append((corpus, self.skipped[corpus] + mixture.drawn[corpus] - 1))
+        return [chosen[start : start + B] for start in range(self.rank * B, len(chosen), self.world_size * B)]
+
+    def _ahead(self) -> Iterator[list[tuple[int, int]]]:
+        """This rank's micro-batches from the present position on, as `next_step` will want them."""
+        mixture = self.mixture.copy()
+        while True:
+            yield from self._draw(mixture)
+
+    def _restart(self) -> None:
+        """Forget what followed from the position before."""
+        self._tokens_skipped = None
+        if self._workers:
+            self._workers.restart()
+
+    def _by_key(self, values) -> dict:
+        return dict(zip((corpus.key for corpus in self.corpora), values, strict=True))
+
+    def _fingerprint(self, corpus: Corpus) -> str | dict[str, str]:
+        """Of a corpus's store, or of its stores by source."""
+        if len(corpus.sources) == 1:
+            return self.stores[corpus.sources[0]].fingerprint
+        keys = source_keys(self.config.data.train)
+        return {keys[i]: self.stores[i].fingerprint for i in corpus.sources}
+
+    def _decides_rows(self) -> dict:
+        data = self.config.data
+        return {"seed": self.config.seed, "sequence_length": data.sequence_length, "packing": data.packing}
 
 
-def planned_sources(config: RunConfig, tokenizer, cache_folder: Path) -> list[dict]:
-    """The records of `Loader.summary` as far as they can be known without the network.
+@dataclass
+class PlannedData:
+    """What can be known of a run's data before it: records as of `Loader.summary`, and samples as of `sample_rows`."""
+
+    records: list[dict]
+    samples: list[dict]
+
+
+def planned_data(config: RunConfig, tokenizer, cache_folder: Path) -> PlannedData:
+    """What `Loader.summary` and `Loader.samples` say, as far as it can be known without the network.
 
     Files are tokenized if need be, as for training; a dataset counts where its tokens are in the cache already. What
-    is not known is None: documents, tokens, bytes, rows_per_epoch and epochs of a source that is not tokenized, and the
-    weight of every source that shares its rows (among all, or with `data.replay` among those of its role) with such
-    a one, unless all of these have a `weight`.
+    is not known is None: documents, tokens, bytes, rows_per_epoch, epochs and the like of a source that is not
+    tokenized, and the weight of every source that shares its rows (among all, or with `data.replay` among those of its
+    role) with such a one, unless sizes do not matter.
 
     Args:
-        config: reads `data`, `train.steps` and `train.batch_size`.
+        config: reads `data`, `seed`, `train.steps` and `train.batch_size`.
         tokenizer: a fast Hugging Face tokenizer; None where there is none yet, and then no source is opened.
         cache_folder: where token stores are kept.
 
@@ -226,71 +299,20 @@ def planned_sources(config: RunConfig, tokenizer, cache_folder: Path) -> list[di
         stores = [
             (build_store if source.path else find_store)(source, data, tokenizer, cache_folder) for source in data.train
         ]
-    records = _summary(config, stores, _shares(data, [store and store.n_tokens for store in stores]))
-    if all(stores):
-        _check_batch(config, records)
-    return records
+    corpora = corpora_of(data)
+    packed = _pack(config, corpora, stores)
+    tokens = [rows and rows.documents.n_tokens for rows in packed]
+    sizes = [rows and rows.rows_per_epoch for rows in packed]
+    shares = corpus_shares(config, corpora, tokens, sizes, tell=True)
+    if all(packed):
+        _check_batch(config, packed, shares)
+    records = source_records(config, corpora, stores, packed, shares)
+    return PlannedData(records, sample_rows(config, corpora, packed, tokenizer))
 
 
-def _summary(config: RunConfig, stores: list[TokenStore | None], weights: list[float | None]) -> list[dict]:
-    """See `Loader.summary`; None for a store or a weight that is not known."""
-    rows = config.train.steps * config.train.batch_size
-    records = []
-    for source, key, store, weight in zip(config.data.train, _keys(config.data.train), stores, weights, strict=True):
-        rows_per_epoch = store and PackedCorpus(store, config.data.sequence_length, config.seed).rows_per_epoch
-        records.append(
-            {
-                "source": key,
-                "lang": source.lang,
-                "role": config.data.languages[source.lang],
-                "documents": store and store.n_documents,
-                "tokens": store and store.n_tokens,
-                "bytes": store and store.n_bytes,
-                "weight": weight,
-                "rows_per_epoch": rows_per_epoch,
-                "epochs": None if store is None or weight is None else weight * rows / rows_per_epoch,
-            }
-        )
-    return records
-
-
-def _shares(data: DataConfig, tokens: list[int | None]) -> list[float | None]:
-    """The share of rows of each source, from the tokens that it has; None for both where it is not known."""
-    roles = [data.languages[source.lang] for source in data.train]
-    explicit = [source.weight for source in data.train]
-    groups = roles if data.replay is not None else ["any"] * len(roles)
-    known = {}
-    for group in sorted(set(groups)):
-        members = [i for i, g in enumerate(groups) if g == group]
-        without = [i for i in members if explicit[i] is None]
-        if without and len(without) < len(members):
-            log.warning(
-                "data.train: some sources of %s role have a `weight` and some do not; theirs is their tokens", group
-            )
-        known[group] = not without or len(members) == 1 or all(tokens[i] is not None for i in members)
-    # where a size is not known any will do: it decides nothing, or the shares of its group are not told
-    sizes = [1 if n is None else n for n in tokens]
-    weights = source_weights(sizes, roles, explicit, data.replay, data.temperature)
-    return [weight if known[group] else None for weight, group in zip(weights.tolist(), groups, strict=True)]
-
-
-def _keys(sources: list[SourceConfig]) -> list[str]:
-    """A name for each source that does not depend on `data.root`; the second of the same name gets `#2`."""
-    seen = Counter()
-    keys = []
-    for key in map(source_key, sources):
-        seen[key] += 1
-        keys.append(key if seen[key] == 1 else f"{key}#{seen[key]}")
-    return keys
-
-
-def _check_batch(config: RunConfig, records: list[dict]) -> None:
-    rows = sum(record["rows_per_epoch"] for record in records if record["weight"] > 0)
-    if config.train.batch_size > rows:
-        raise DataError(
-            f"`train.batch_size` is {config.train.batch_size} rows, but an epoch of `data.train` has {rows} rows "
-            f"of {config.data.sequence_length} tokens; lower it or `data.sequence_length`, or give more text"
-        )
+def planned_sources(config: RunConfig, tokenizer, cache_folder: Path) -> list[dict]:
+    """The records of `planned_data`."""
+    return planned_data(config, tokenizer, cache_folder).records
 
 
 def check_division(batch_size: int, micro_batch: int, world_size: int) -> None:
@@ -303,9 +325,59 @@ def check_division(batch_size: int, micro_batch: int, world_size: int) -> None:
         )
 
 
-def _role_S(row: Row, role: int) -> np.ndarray:
-    return np.where(row.valid_S, role, PADDING).astype(np.int8)
+def _pack(
+    config: RunConfig, corpora: list[Corpus], stores: list[TokenStore | None]
+) -> list[JoinedRows | BestFitRows | None]:
+    """The rows of each corpus; None where a store is not known."""
+    packed = []
+    for corpus in corpora:
+        of_corpus = [stores[i] for i in corpus.sources]
+        # a seed for each corpus, so that parallel corpora are not read in step
+        seed = (config.seed << 32) + zlib.crc32(corpus.key.encode("utf-8"))
+        rows = PACKINGS[config.data.packing]
+        known = all(store is not None for store in of_corpus)
+        packed.append(rows(Documents(of_corpus), config.data.sequence_length, seed) if known else None)
+    return packed
 
 
-def _stack(rows: list[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(rows))
+def _check_batch(config: RunConfig, packed: list[JoinedRows | BestFitRows], shares: list[float]) -> None:
+    rows = sum(p.rows_per_epoch for p, share in zip(packed, shares, strict=True) if share > 0)
+    if config.train.batch_size > rows:
+        raise DataError(
+            f"`train.batch_size` is {config.train.batch_size} rows, but an epoch of `data.train` has {rows} rows "
+            f"of {config.data.sequence_length} tokens; lower it or `data.sequence_length`, or give more text"
+        )
+
+
+def _difference(then: dict, now: dict) -> str | None:
+    """What keeps a position from having a meaning in the data of now."""
+    was, is_ = _by_source(then["corpora"]), _by_source(now["corpora"])
+    if gone := [key for key in was if key not in is_]:
+        return f"`{gone[0]}` is no longer in `data.train`"
+    if added := [key for key in is_ if key not in was]:
+        return f"`{added[0]}` is new in `data.train`"
+    if changed := [key for key in is_ if was[key] != is_[key]]:
+        return f"the text of `{changed[0]}`, its options or the tokenizer changed"
+    for name, key in DECIDES_ROWS.items():
+        if then[name] != now[name]:
+            return f"`{key}` was {then[name]} and is {now[name]}"
+    if apart := [key for key in now["corpora"] if then["corpora"].get(key) != now["corpora"][key]]:
+        return (
+            f"`{apart[0]}` was not one corpus, as it is now; sources of a language are read as one unless they have a "
+            "`weight`"
+        )
+    return None
+
+
+def _by_source(corpora: dict) -> dict[str, str]:
+    """Fingerprints by source, from those by corpus."""
+    flat = {}
+    for key, fingerprint in corpora.items():
+        flat |= fingerprint if isinstance(fingerprint, dict) else {key: fingerprint}
+    return flat
+
+
+def _count(value) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"{value!r} is no count")
+    return value

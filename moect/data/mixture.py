@@ -1,31 +1,33 @@
-"""The mixture: what share of the rows each source gets, and which source gives the next row."""
+"""The mixture: what share of the rows each corpus gets, and which corpus gives the next row."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 
 from moect.errors import ConfigError
 
 
-def source_weights(
+def corpus_weights(
     tokens: list[int],
     roles: list[str],
     explicit: list[float | None],
     replay: float | None,
     temperature: float,
 ) -> np.ndarray:
-    """The share of rows of each source, float64, sum 1.
+    """The share of rows of each corpus, float64, sum 1.
 
     Args:
-        tokens: size of each source.
-        roles: `old` or `new`, of each source.
+        tokens: size of each corpus.
+        roles: `old` or `new`, of each corpus.
         explicit: the weight given in the configuration; None: tokens ** (1 / temperature).
-        replay: share of rows of the old languages, divided among them by weight; None: all sources together by weight.
-            Where only one role has sources, it gets everything.
-        temperature: above 1 small sources get more than their share of tokens.
+        replay: share of rows of the old languages, divided among them by weight; None: all corpora together by weight.
+            Where only one role has corpora, it gets everything.
+        temperature: above 1 small corpora get more than their share of tokens; infinite: all the same.
 
     Raises:
-        ConfigError: the sources that are to share something all have weight 0.
+        ConfigError: the corpora that are to share something all have weight 0.
     """
     sizes = np.array(tokens, dtype=np.float64) ** (1.0 / temperature)
     weights = np.array([size if w is None else w for size, w in zip(sizes, explicit, strict=True)], dtype=np.float64)
@@ -43,24 +45,86 @@ def source_weights(
     return weights / weights.sum()
 
 
-class Mixture:
-    """Sources in a fixed order that keeps close to their shares at every moment.
+def limit_shares(shares: np.ndarray, limits: np.ndarray, groups: list[str]) -> tuple[np.ndarray, list[str]]:
+    """Shares of which none is above its limit; what is taken from one goes to the others of its group in proportion.
 
-    Row g goes to the source that is furthest behind its share: the greatest weights * (g + 1) - drawn, the lowest index
-    among equals. These differences sum to 1, so one of them is above 0: a source of weight 0 is never drawn, and no
-    source gets a whole row ahead of its share.
+    With equal shares this is UniMax (Chung et al. 2023, arXiv 2304.09151, algorithm 1).
+
+    Args:
+        shares: float64, of each corpus.
+        limits: float64, the same in number.
+        groups: which corpora share with one another.
+
+    Returns:
+        The shares, each group's sum as before; and the groups that have less room than their sum, where all are above
+        their limits by the same factor.
+    """
+    limited, crowded = shares.copy(), []
+    for group in sorted(set(groups)):
+        members = np.array([g == group for g in groups]) & (shares > 0)
+        total = shares[members].sum()
+        room = limits[members].sum()
+        if room <= total * (1 + 1e-12):
+            if room < total * (1 - 1e-12):
+                crowded.append(group)
+            limited[members] = limits[members] * (total / room) if room > 0 else shares[members]
+            continue
+        free = members.copy()
+        while (above := free & (limited > limits)).any():
+            limited[above] = limits[above]
+            free &= ~above
+            limited[free] = shares[free] * ((total - limits[members & ~free].sum()) / shares[free].sum())
+    return limited, crowded
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a run with the same shares.
 
     Attributes:
-        drawn: rows taken from each source so far; this is the whole state.
+        row: the run's first row in it.
+        weights: float64, the share of each corpus.
+        drawn: rows taken from each corpus before it.
     """
 
-    def __init__(self, weights: np.ndarray, drawn: list[int] | None = None):
-        self.weights = np.asarray(weights, dtype=np.float64)
-        self.drawn = list(drawn) if drawn is not None else [0] * len(self.weights)
+    row: int
+    weights: np.ndarray
+    drawn: tuple[int, ...]
+
+
+class Mixture:
+    """Corpora in a fixed order that keeps close to their shares at every moment.
+
+    Row g of a segment goes to the corpus that is furthest behind its share of the segment: the greatest
+    weights * (g + 1) - drawn since it began, the lowest index among equals. These differences sum to 1, so one of them
+    is above 0: a corpus of weight 0 is never drawn, and none gets a whole row ahead of its share.
+
+    Attributes:
+        drawn: rows taken from each corpus so far. With the segments this is the whole state.
+        segments: the first begins at row 0; the last is the present one.
+    """
+
+    def __init__(self, weights: np.ndarray, drawn: list[int] | None = None, segments: list[Segment] | None = None):
+        self.drawn = list(drawn) if drawn is not None else [0] * len(weights)
+        self.segments = list(segments or [Segment(0, np.asarray(weights, dtype=np.float64), (0,) * len(weights))])
+
+    @property
+    def weights(self) -> np.ndarray:
+        """The shares that hold now, float64."""
+        return self.segments[-1].weights
 
     def next(self) -> int:
-        """Draw a row: the index of its source."""
-        behind = self.weights * (sum(self.drawn) + 1) - np.array(self.drawn, dtype=np.float64)
-        source = int(np.argmax(behind))
-        self.drawn[source] += 1
-        return source
+        """Draw a row: the index of its corpus."""
+        since = np.array(self.drawn, dtype=np.float64) - self.segments[-1].drawn
+        rows = sum(self.drawn) - self.segments[-1].row
+        corpus = int(np.argmax(self.weights * (rows + 1) - since))
+        self.drawn[corpus] += 1
+        return corpus
+
+    def change(self, weights: np.ndarray) -> None:
+        """From the next row on these shares hold. What the past gave too much or too little is not made up for."""
+        self.segments.append(Segment(sum(self.drawn), np.asarray(weights, dtype=np.float64), tuple(self.drawn)))
+
+    def copy(self) -> Mixture:
+        """The same state, to look ahead with."""
+        return Mixture(self.weights, self.drawn, self.segments)

@@ -1,8 +1,9 @@
-"""How far the tokenizing of a long corpus is, now and then, in the log."""
+"""How far the reading of a long corpus is: a bar for somebody who watches, else a line in the log now and then."""
 
 from __future__ import annotations
 
 import logging
+import sys
 from time import monotonic
 
 log = logging.getLogger("moect.data")
@@ -11,39 +12,72 @@ INTERVAL = 30.0  # seconds between two lines
 
 
 class Progress:
-    """Counts documents and bytes, and logs a line each half minute; nothing where that is enough time for all.
+    """Counts documents and bytes, and tells of them; nothing where half a minute is enough for all.
 
     Args:
         name: of the corpus.
-        limit: documents that it has at most; None: unknown, and so is the time that is left.
+        total: bytes of its files, compressed as they are, or the greatest number of documents; None: not known, and
+            neither is the time that is left.
+        verb: what is done to the documents.
+        done: of `total`, what was done before, by an earlier process.
     """
 
-    def __init__(self, name: str, limit: int | None):
-        self.name, self.limit = name, limit
+    def __init__(self, name: str, total: int | None, verb: str = "tokenized", done: int = 0):
+        self.name, self.total, self.verb = name, total, verb
         self.documents = self.n_bytes = 0
+        self.before = self.done = done
         self.began = self.last = monotonic()
         self.told = False
+        self._bar = self._task = None
+        if sys.stderr.isatty():
+            self._bar, self._task = _bar(name, total, done)
 
-    def add(self, documents: int, n_bytes: int) -> None:
-        """So many documents, and bytes of their text in UTF-8, are done."""
+    def add(self, documents: int, n_bytes: int, done: int) -> None:
+        """So many more documents, and bytes of their text in UTF-8, and so much of the total by now."""
         self.documents += documents
         self.n_bytes += n_bytes
+        self.done = done
+        if self._bar:
+            self._bar.update(self._task, completed=done, amount=self._amount())
+            return
         now = monotonic()
         if now - self.last >= INTERVAL:
             self.last, self.told = now, True
             left = ""
-            if self.limit:
-                seconds = (now - self.began) * (self.limit / self.documents - 1)
-                left = f", {100 * self.documents / self.limit:.0f}%, ETA {_minutes(seconds)}"
-            log.info("%s: tokenized %s%s", self.name, self._amount(), left)
+            if self.total and done > self.before:
+                seconds = (now - self.began) * (self.total - done) / (done - self.before)
+                left = f", {100 * done / self.total:.0f}%, ETA {_minutes(seconds)}"
+            log.info("%s: %s %s%s", self.name, self.verb, self._amount(), left)
 
     def end(self) -> None:
-        """All is done."""
-        if self.told:
-            log.info("%s: tokenized all %s in %s", self.name, self._amount(), _minutes(monotonic() - self.began))
+        """All is done, or it cannot go on."""
+        if self._bar:
+            self._bar.stop()
+        if self.told or (self._bar and monotonic() - self.began >= INTERVAL):
+            log.info("%s: %s %s in %s", self.name, self.verb, self._amount(), _minutes(monotonic() - self.began))
 
     def _amount(self) -> str:
-        return f"{self.documents:,} documents, {self.n_bytes / 1e6:,.1f} MB"
+        seconds = max(monotonic() - self.began, 1e-9)
+        megabytes = self.n_bytes / 1e6
+        return f"{self.documents:,} documents, {megabytes:,.1f} MB, {megabytes / seconds:.1f} MB/s"
+
+
+def _bar(name: str, total: int | None, done: int):
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[amount]}"),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    task = bar.add_task(name, total=total, completed=done, amount="")
+    bar.start()
+    return bar, task
 
 
 def _minutes(seconds: float) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
 import logging
 import os
@@ -13,173 +11,168 @@ from pathlib import Path
 
 import numpy as np
 
-from moect.data.hub import identity
+from moect.data.files import Place, resolve_files
+from moect.data.fingerprint import source_fingerprint
 from moect.data.progress import Progress
-from moect.data.sources import EXTENSIONS, read_documents, resolve_files, source_key
-from moect.data_config import DataConfig, SourceConfig
+from moect.data.records import RecordReader, Tally
+from moect.data.sources import check_bad, read_blocks, tell_bad
+from moect.data.store_writer import StoreWriter
+from moect.data.tokenizing import BlockTokenizer, tokenize_blocks
+from moect.data_config import DataConfig, SourceConfig, source_key
 from moect.errors import DataError
+from moect.locks import locked
+from moect.processes import available_cores
 
 log = logging.getLogger("moect.data")
-
-FORMAT_VERSION = 1
-DOCUMENTS_AT_ONCE = 1024
 
 
 class TokenStore:
     """The tokens of one corpus, read from its folder in the cache.
 
     Attributes:
-        tokens: (n_tokens,) uint32, memory-mapped: all documents, one after another.
-        offsets: (n_documents + 1,) int64: document d is tokens[offsets[d] : offsets[d + 1]].
-        document_bytes: (n_documents,) int64: UTF-8 bytes of each document's text.
+        tokens: (n_tokens,) uint16 or uint32, memory-mapped: all documents, one after another.
+        offsets: (n_documents + 1,) int64, memory-mapped: document d is tokens[offsets[d] : offsets[d + 1]].
+        document_bytes: (n_documents,) int64, memory-mapped: UTF-8 bytes of each document's text.
         n_documents, n_tokens, n_bytes: their sums.
         max_token: the greatest token id.
+        lang: of all documents.
+        tally: documents that were used, bad and left out by filters.
+        counts: `unknown` and `fallback` tokens; of a sample of the documents, `words` and their `word_tokens`.
         fingerprint: of everything that the tokens depend on.
     """
 
     def __init__(self, folder: Path):
         """Open a store; ValueError or OSError when a file is missing, short or of another shape than recorded."""
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        self.folder = folder
         self.tokens = np.load(folder / "tokens.npy", mmap_mode="r")
-        self.offsets = np.load(folder / "offsets.npy")
-        self.document_bytes = np.load(folder / "bytes.npy")
+        self.offsets, self.document_bytes, self._id_offsets = (
+            np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray)
+            for name in ("offsets", "bytes", "id_offsets")
+        )
         try:
             self.n_documents, self.n_tokens, self.n_bytes = meta["documents"], meta["tokens"], meta["bytes"]
-            self.max_token, self.fingerprint = meta["max_token"], meta["fingerprint"]
+            self.max_token, self.fingerprint, self.lang = meta["max_token"], meta["fingerprint"], meta["lang"]
+            self.tally, self.counts = Tally.from_dict(meta["tally"]), meta["counts"]
         except (KeyError, TypeError) as error:
             raise ValueError(f"meta.json is incomplete ({error})") from error
-        found = (self.tokens.shape, self.offsets.shape, self.document_bytes.shape, int(self.offsets[-1]))
-        if found != ((self.n_tokens,), (self.n_documents + 1,), (self.n_documents,), self.n_tokens):
+        shapes = (self.tokens.shape, self.offsets.shape, self.document_bytes.shape, self._id_offsets.shape)
+        n = self.n_documents
+        if shapes != ((self.n_tokens,), (n + 1,), (n,), (n + 1,)) or int(self.offsets[-1]) != self.n_tokens:
             raise ValueError("the arrays have other lengths than meta.json says")
 
+    def document_id(self, document: int) -> str:
+        """A document's name: its own, or the file, as it was called when it was tokenized, and the line."""
+        start, end = self._id_offsets[document : document + 2]
+        with (self.folder / "ids.txt").open("rb") as file:
+            file.seek(start)
+            return file.read(end - start).decode("utf-8").removesuffix("\n")
 
-def build_store(source: SourceConfig, config: DataConfig, tokenizer, cache_folder: Path) -> TokenStore:
+
+def build_store(
+    source: SourceConfig, config: DataConfig, tokenizer, cache_folder: Path, workers: int | None = None
+) -> TokenStore:
     """The token store of a corpus, from the cache if it is there, else tokenized and written first.
 
-    A document becomes [BOS] + ids + [EOS], as far as the tokenizer has these tokens; it is never truncated. The entry
-    is written to a temporary folder and renamed, so several processes may build the same one at once. What was
-    interrupted begins again at the first document of this source.
+    What was interrupted goes on where it stood: at most the last few megabytes are tokenized again. Of several
+    processes that want the same entry one makes it, and the others wait.
+
+    Args:
+        source: the corpus.
+        config: reads `root` and `max_bad_fraction`.
+        tokenizer: a fast Hugging Face tokenizer.
+        cache_folder: where stores are kept.
+        workers: processes that tokenize; None: as many as there are cores.
 
     Raises:
         DataError: see `read_documents`; no document has two tokens; or the cache cannot be written.
     """
     cache_folder = Path(cache_folder)
-    fingerprint = _fingerprint(source, config, tokenizer, cache_folder)
+    key = source_key(source)
+    fingerprint = source_fingerprint(source, config, tokenizer, cache_folder)
     folder = cache_folder / fingerprint
-    if store := _open(folder):
-        return store
-    temporary = folder.with_name(f".{fingerprint}.{uuid.uuid4().hex}")
+    store = _open(folder)
     try:
-        temporary.mkdir(parents=True)
-        _write(temporary, fingerprint, source, config, tokenizer, cache_folder)
-        return _publish(temporary, folder)
+        if not store:
+            locks = cache_folder / "locks"
+            locks.mkdir(parents=True, exist_ok=True)
+            with locked(locks / fingerprint, lambda: log.info("%s: another process tokenizes it; waiting", key)):
+                store = _open(folder, tell=True)
+                store = store or _write(source, config, tokenizer, cache_folder, fingerprint, workers)
     except OSError as error:
         raise DataError(
             f"{folder}: the token cache cannot be written ({error.strerror or error}); free or choose another place"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    check_bad(source, store.tally, config.max_bad_fraction, at_end=True)
+    return store
 
 
 def find_store(source: SourceConfig, config: DataConfig, tokenizer, cache_folder: Path) -> TokenStore | None:
     """The token store of a corpus if it is in the cache; nothing is tokenized and no network is needed."""
-    fingerprint = _fingerprint(source, config, tokenizer, Path(cache_folder), online=False)
+    fingerprint = source_fingerprint(source, config, tokenizer, Path(cache_folder), online=False)
     return fingerprint and _open(Path(cache_folder) / fingerprint)
 
 
-def _fingerprint(
-    source: SourceConfig, config: DataConfig, tokenizer, cache_folder: Path, online: bool = True
-) -> str | None:
-    """sha256 over all that decides about the tokens: contents and kinds of the files, or the dataset's commit; options,
-    tokenizer, format. None: the commit is not known, and `online` does not allow to ask."""
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()  # settings of earlier calls, which do not matter here
-    backend.no_padding()
-    options = [FORMAT_VERSION, source.text_field, source.limit, config.max_bad_fraction]
-    parts = [json.dumps(options), json.dumps([tokenizer.bos_token_id, tokenizer.eos_token_id]), backend.to_str()]
-    if source.dataset:
-        made_of = identity(source, config.root, cache_folder, online)
-        if made_of is None:
-            return None
-        parts += made_of
-    for file in resolve_files(source.path, config.root) if source.path else ():
-        try:
-            with file.open("rb") as stream:
-                kind = next(e for e in EXTENSIONS if file.name.endswith(e))
-                parts += [kind, hashlib.file_digest(stream, "sha256").hexdigest()]
-        except OSError as error:
-            raise DataError(f"{file}: cannot be read ({error.strerror or error}); check its permissions") from error
-    whole = hashlib.sha256()
-    for part in parts:
-        whole.update(hashlib.sha256(part.encode("utf-8")).digest())
-    return whole.hexdigest()
-
-
-def _open(folder: Path) -> TokenStore | None:
-    """The store in `folder`; None when there is none, or a damaged one."""
+def _open(folder: Path, tell: bool = False) -> TokenStore | None:
+    """The store in `folder`; None when there is none, or a damaged one, which is told of and moved away."""
     if not folder.exists():
         return None
     try:
         return TokenStore(folder)
     except (OSError, ValueError, EOFError) as error:
-        log.warning("%s: damaged cache entry (%s); tokenizing again", folder, error)
+        if tell:
+            log.warning("%s: damaged cache entry (%s); tokenizing again", folder, error)
+            aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+            os.rename(folder, aside)
+            shutil.rmtree(aside, ignore_errors=True)
         return None
 
 
 def _write(
-    folder: Path, fingerprint: str, source: SourceConfig, config: DataConfig, tokenizer, cache_folder: Path
-) -> None:
-    """Tokenize a source into the files of a store, holding the text of only one batch of documents in memory."""
-    documents = read_documents(source, config.root, config.max_bad_fraction, cache_folder)
-    progress = Progress(source_key(source), source.limit)
-    before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    lengths, sizes, max_token = [], [], 0
-    with (folder / "tokens.npy").open("w+b") as file:
-        _write_header(file, 0)
-        while batch := [d.text for d in itertools.islice(documents, DOCUMENTS_AT_ONCE)]:
-            encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
-            ids = [before + row + after for row in encoded["input_ids"]]
-            flat = np.fromiter(itertools.chain.from_iterable(ids), dtype=np.uint32)
-            file.write(flat)
-            lengths += map(len, ids)
-            sizes += (len(text.encode("utf-8")) for text in batch)
-            progress.add(len(batch), sum(sizes[-len(batch) :]))
-            max_token = max(max_token, int(flat.max(initial=0)))
-        progress.end()
-        if max(lengths) < 2:
-            raise DataError(
-                f"{source_key(source)}: no document has two tokens, there is nothing to predict; give longer text"
-            )
-        file.seek(0)
-        _write_header(file, sum(lengths))
-    np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-    np.save(folder / "bytes.npy", np.array(sizes, dtype=np.int64))
-    meta = {"documents": len(lengths), "tokens": sum(lengths), "bytes": sum(sizes), "max_token": max_token}
-    (folder / "meta.json").write_text(json.dumps({**meta, "fingerprint": fingerprint}), encoding="utf-8")
-
-
-def _write_header(file, n_tokens: int) -> None:
-    """A .npy header; numpy pads it so that a greater length fits the same place."""
-    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint32)), "fortran_order": False, "shape": (n_tokens,)}
-    np.lib.format.write_array_header_1_0(file, header)
-
-
-def _publish(temporary: Path, folder: Path) -> TokenStore:
-    """Rename a finished entry into place, unless another process was first with a good one."""
-    while True:
+    source: SourceConfig, config: DataConfig, tokenizer, cache_folder: Path, fingerprint: str, workers: int | None
+) -> TokenStore:
+    """Tokenize a source, or the rest of it, into a store; only the lock's holder may."""
+    key = source_key(source)
+    reader = RecordReader(source, config.root)
+    tokenize = BlockTokenizer(tokenizer, reader)
+    unfinished = cache_folder / f"{fingerprint}.unfinished"
+    total = _total(source, config)
+    with StoreWriter(unfinished, tokenize.dtype) as writer:
+        tally = writer.tally
+        done = writer.bytes_read if source.limit is None else tally.good
+        if writer.place != Place():
+            log.info("%s: %d documents are tokenized already; going on from there", key, tally.good)
+        progress = Progress(key, total, done=done)
+        blocks = iter(())
+        if source.limit is None or tally.good < source.limit:
+            blocks = read_blocks(source, config.root, reader, cache_folder, writer.place)
         try:
-            os.rename(temporary, folder)
-        except OSError:
-            if not folder.exists():
-                raise
-            if store := _open(folder):
-                return store
-            aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-            try:
-                os.rename(folder, aside)
-            except FileNotFoundError:  # another process has just moved it
-                continue
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            return TokenStore(folder)
+            for block, made in tokenize_blocks(blocks, tokenize, workers or available_cores()):
+                if source.limit is not None and tally.good + made.tally.good >= source.limit:
+                    made = tokenize(block, source.limit - tally.good)  # no document after the last one counts
+                writer.add(made, block.after, block.bytes_read)
+                done = block.bytes_read if source.limit is None else tally.good
+                progress.add(made.tally.good, int(made.sizes.sum()), done)
+                check_bad(source, tally, config.max_bad_fraction)
+                if tally.good == source.limit:
+                    break
+        finally:
+            progress.end()
+        if not tally.good:
+            check_bad(source, tally, config.max_bad_fraction, at_end=True)
+        if writer.longest < 2:
+            raise DataError(f"{key}: no document has two tokens, there is nothing to predict; give longer text")
+        writer.finish({"fingerprint": fingerprint, "lang": source.lang})
+    os.rename(unfinished, cache_folder / fingerprint)
+    writer.tidy(cache_folder / fingerprint)
+    tell_bad(source, tally)
+    return TokenStore(cache_folder / fingerprint)
+
+
+def _total(source: SourceConfig, config: DataConfig) -> int | None:
+    """What there is to do, for the progress: documents, or bytes of files."""
+    if source.limit is not None:
+        return source.limit
+    if not source.path:
+        return None
+    return sum(file.stat().st_size for file in resolve_files(source.path, config.root))

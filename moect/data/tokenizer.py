@@ -1,17 +1,22 @@
-"""Tokenizers: load the base's, or train a small one."""
+"""Tokenizers: load the base's, extend it, or train a small one."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from moect.config import ModelConfig, RunConfig
+from moect.data.extended_tokenizer import EXTENSION, extend_tokenizer, extension_of, head
+from moect.data.fingerprint import source_fingerprint
+from moect.data.fragmentation import fragmentation, fragmentation_table
 from moect.data.sources import read_documents
 from moect.errors import DataError
 
@@ -20,20 +25,146 @@ log = logging.getLogger("moect.data")
 BYTES = 256
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 ORIGIN = "trained_on.json"
+KEPT = "tokenizer"  # in a run's folder: the extended tokenizer
+EXTENSION_VERSION = 1  # of what `extend_tokenizer` learns from a text
+SAMPLE_BYTES = 1_000_000  # of each language, to compare tokenizers on
 # what pre-tokenizers treat differently
 PROBE = " It's 2026, naïve: 1,234.5  e\u0301 don't\r\n\n\tλόγος 中文 தமிழ் __init__(x)   \n"
 
 
 def run_tokenizer(config: RunConfig):
-    """The tokenizer of a run; with `model.train_tokenizer` it is trained on the run's corpora, unless it is there.
+    """The tokenizer of a run; with `model.train_tokenizer` it is trained on the run's corpora, with
+    `model.extend_tokenizer` extended for their new languages, unless it is there.
 
     Raises:
-        DataError: as `load_tokenizer` and `read_documents`; or the one that is there was trained on other sources.
-            Whether the text of the same sources has changed is not looked at.
+        DataError: as `load_tokenizer`, `read_documents` and `extend_tokenizer`; or the one that is there was trained on
+            other sources. Whether the text of the same sources has changed is not looked at.
     """
     if config.model.train_tokenizer is not None:
         _train_once(config)
-    return load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model)
+    if config.model.extend_tokenizer is None:
+        return tokenizer
+    if config.model.start and (Path(config.model.start) / KEPT / EXTENSION).is_file():
+        return kept_tokenizer(config, Path(config.model.start))  # whose rows are gone on with
+    folder = _extension_folder(config, tokenizer)
+    _extend_once(config, tokenizer, folder)
+    return _load_extended(config, folder)
+
+
+def find_tokenizer(config: RunConfig):
+    """The tokenizer of a run if it is there; None if it is still to be trained or extended. Nothing is made.
+
+    Raises:
+        DataError: as `load_tokenizer`; or a source cannot be found.
+    """
+    if config.model.train_tokenizer is not None and not Path(os.path.expanduser(config.model.tokenizer)).exists():
+        return None
+    tokenizer = load_tokenizer(config.model)
+    if config.model.extend_tokenizer is None:
+        return tokenizer
+    folder = _extension_folder(config, tokenizer, online=False)
+    return _load_extended(config, folder) if folder and folder.exists() else None
+
+
+def keep_tokenizer(tokenizer, run_folder: Path) -> None:
+    """Copy an extended tokenizer into a run's folder, where an export finds it without the corpora."""
+    folder = Path(run_folder) / KEPT
+    if extension_of(tokenizer) is None or folder.exists():
+        return
+    with _beside(folder) as temporary:
+        shutil.copytree(tokenizer.name_or_path, temporary, dirs_exist_ok=True)
+        _rename(temporary, folder)
+
+
+def kept_tokenizer(config: RunConfig, run_folder: Path):
+    """The tokenizer that a run was made with: the extended one in its folder, else as `load_tokenizer`.
+
+    Raises:
+        DataError: as `load_tokenizer`; or it was extended, and is not in the run's folder.
+    """
+    if config.model.extend_tokenizer is None:
+        return load_tokenizer(config.model)
+    folder = Path(run_folder) / KEPT
+    if not (folder / EXTENSION).is_file():
+        raise DataError(f"{folder}: the run's extended tokenizer is not there; resume the run, which writes it again")
+    return _load_extended(config, folder)
+
+
+def _load_extended(config: RunConfig, folder: Path):
+    return load_tokenizer(replace(config.model, tokenizer=str(folder)))
+
+
+def _extension_folder(config: RunConfig, tokenizer, online: bool = True) -> Path | None:
+    """Where the cache has, or will have, the extended tokenizer: named after all that decides about it.
+
+    None: a dataset's commit is not known, and `online` does not allow to ask.
+    """
+    cache = Path(config.output) / ".cache"
+    new = _new_sources(config)
+    parts = [source_fingerprint(source, config.data, tokenizer, cache, online) for source in new]
+    if None in parts:
+        return None
+    languages = [source.lang for source in new]
+    whole = json.dumps([EXTENSION_VERSION, config.model.extend_tokenizer, languages, parts])
+    return cache / "tokenizers" / hashlib.sha256(whole.encode("utf-8")).hexdigest()
+
+
+def _extend_once(config: RunConfig, tokenizer, folder: Path) -> None:
+    """Make the extended tokenizer, with a count of what it changes; written beside its place and renamed."""
+    if folder.exists():
+        return
+    texts = _new_texts(config)
+    log.info(
+        "%s: adding %d tokens to the tokenizer, learned from %s",
+        folder,
+        config.model.extend_tokenizer,
+        ", ".join(texts),
+    )
+    try:
+        with _beside(folder) as temporary:
+            extend_tokenizer(tokenizer, texts, config.model.extend_tokenizer, temporary)
+            counts = fragmentation(tokenizer, _load_extended(config, temporary), _samples(config))
+            (temporary / "fragmentation.json").write_text(json.dumps(counts, indent=1), encoding="utf-8")
+            _rename(temporary, folder)
+    except OSError as error:
+        raise DataError(f"{folder}: the tokenizer cannot be written ({error.strerror or error})") from error
+    log.info("the tokenizer before and after:\n%s", fragmentation_table(counts))
+
+
+def _new_sources(config: RunConfig) -> list:
+    return [source for source in config.data.train if config.data.languages[source.lang] == "new"]
+
+
+def _new_texts(config: RunConfig) -> dict[str, Iterator[str]]:
+    """Text of the new languages in `data.train`; the sources of a language take turns."""
+    by_language = {}
+    for source in _new_sources(config):
+        by_language.setdefault(source.lang, []).append(_read(config, source))
+    return {language: take_turns(own) for language, own in by_language.items()}
+
+
+def _samples(config: RunConfig) -> dict[str, Iterator[str]]:
+    """The beginning of every language's text: held-out text where there is some."""
+    by_language = {}
+    for source in [*config.data.evaluation, *config.data.train]:
+        by_language.setdefault(source.lang, source)
+    return {language: head(_read(config, source), SAMPLE_BYTES) for language, source in sorted(by_language.items())}
+
+
+def _read(config: RunConfig, source) -> Iterator[str]:
+    cache = Path(config.output) / ".cache"
+    return (d.text for d in read_documents(source, config.data.root, config.data.max_bad_fraction, cache))
+
+
+def take_turns(texts: list[Iterable[str]]) -> Iterator[str]:
+    """A text of each in turn, until all are used up."""
+    running = [iter(own) for own in texts]
+    nothing = object()
+    while running:
+        taken = [(own, next(own, nothing)) for own in running]
+        yield from (text for _, text in taken if text is not nothing)
+        running = [own for own, text in taken if text is not nothing]
 
 
 def _train_once(config: RunConfig) -> None:
@@ -54,19 +185,34 @@ def _train_once(config: RunConfig) -> None:
             )
         return
     log.info("%s: training a tokenizer of %d tokens on data.train", folder, config.model.train_tokenizer)
-    data = config.data
-    cache = Path(config.output) / ".cache"
-    texts = (d.text for source in data.train for d in read_documents(source, data.root, data.max_bad_fraction, cache))
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    texts = (text for source in config.data.train for text in _read(config, source))
     try:
-        temporary.mkdir(parents=True)
-        train_tokenizer(texts, config.model.train_tokenizer, temporary)
-        (temporary / ORIGIN).write_text(json.dumps(origin, indent=1), encoding="utf-8")
-        os.rename(temporary, folder)
+        with _beside(folder) as temporary:
+            train_tokenizer(texts, config.model.train_tokenizer, temporary)
+            (temporary / ORIGIN).write_text(json.dumps(origin, indent=1), encoding="utf-8")
+            os.rename(temporary, folder)
     except OSError as error:
         if (folder / ORIGIN).exists():  # another run was faster
             return _train_once(config)
         raise DataError(f"{folder}: the tokenizer cannot be written ({error.strerror or error})") from error
+
+
+def _rename(temporary: Path, folder: Path) -> None:
+    """Put a folder in its place, unless another run was faster with the same."""
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        if not folder.exists():
+            raise
+
+
+@contextlib.contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside a place, to be renamed into it; removed if it was not."""
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from moect.locks import locked
+
 SOURCES = {"cpu": ("ops.cpp", "cpu_experts.cpp", "cpu_kernels.cpp"), "cuda": ("cuda.cpp", "kernels.cu")}
 CSRC = Path(__file__).parent / "csrc"
 # no errno and no traps: without them the loops over rows become vector instructions
@@ -65,7 +67,7 @@ def build(device: str, path: Path) -> bool:
     """
     compiler = _compiler(device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.with_suffix(".lock")):
+    with locked(path.with_suffix(".lock")):
         if path.is_file():
             return False
         _log.warning(f"compiling the expert kernels for {device}, once, into {path}")
@@ -120,15 +122,6 @@ def _cause(output: str) -> str:
     found = re.search(r"(?:fatal )?error ?: .*|nvcc fatal .*|.*not found.*|.*cannot find .*", output)
     lines = [line for line in output.splitlines() if line.strip()] or ["it said nothing"]
     return found[0].strip() if found else lines[-1].strip()
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    import fcntl
-
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager

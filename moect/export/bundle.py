@@ -22,6 +22,7 @@ MODULES = (
     "moe_config",
     "model/families",
     "model/record",
+    "model/embeddings",
     "model/router",
     "model/experts",
     "model/fusion",

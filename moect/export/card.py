@@ -68,10 +68,20 @@ def _origin(config: RunConfig, info: dict) -> str:
     gated = ", and a language gate that decides for each token whether they are used" if moe.language_gate else ""
     return (
         f"Continual training {of} by an appended mixture of experts, {info['step']} steps, with moect{print_of_base}. "
-        f"The base is frozen and inside unchanged: `model.base_only()` gives it back bit for bit. "
+        f"The base is frozen and inside unchanged: `model.base_only()` gives it back bit for bit.{_rows(config)} "
         f"Each chosen block (`{moe.layers}`) has {moe.experts} experts, {moe.top_k} of them for a token, joined by "
         f"fusion `{moe.fusion}`{gated}."
     )
+
+
+def _rows(config: RunConfig) -> str:
+    """What was done to embedding and head, which stay beside what trained."""
+    model = config.model
+    tokens = {"unseen": "tokens that the old languages hardly use", "all": "all tokens"}.get(model.train_embeddings)
+    said = f" Of {tokens}, rows of embedding and head were trained beside the base's." if tokens else ""
+    if model.extend_tokenizer:
+        said += " The tokenizer has tokens for the new languages after those of the base."
+    return said
 
 
 def _forgetting(rows: list[dict]) -> str:

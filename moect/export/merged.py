@@ -6,6 +6,7 @@ the base's. The folder appears under its name only when it is complete and verif
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -17,16 +18,19 @@ import torch
 from torch import nn
 
 from moect.config import RunConfig, load_config
-from moect.data.tokenizer import load_tokenizer
+from moect.data.extended_tokenizer import Extension, extension_of
+from moect.data.tokenizer import kept_tokenizer
 from moect.errors import ExportError
 from moect.export.bundle import bundle
 from moect.export.card import make_card
 from moect.export.verify import verify
 from moect.model.append import is_appended
 from moect.model.build import DTYPES, base_fingerprint, build_model, merge_lora
+from moect.model.embeddings import rows_of
 from moect.monitor.rows import read_rows
 from moect.train.checkpoint import find_checkpoint, load_module, read_info
 from moect.train.resume import check_same_run
+from moect.train.token_rows import kept_rows
 
 log = logging.getLogger("moect.export")
 SHARD_SIZE = "5GB"
@@ -61,16 +65,23 @@ def export_run(
     info = read_info(path)
     _check_base(config, info, path)
     dtype = dtype or config.export.dtype
-    model = trained_model(config, path, config.train.precision if dtype == "auto" else dtype)
+    tokenizer = kept_tokenizer(config, run_folder)
+    model = trained_model(config, path, config.train.precision if dtype == "auto" else dtype, extension_of(tokenizer))
     measured = [row for row in read_rows(run_folder / "monitor") if row["step"] == info["step"]]
     card = make_card(config, info, measured)
-    return export_merged(model, load_tokenizer(config.model), output, card, _licences(config))
+    return export_merged(model, tokenizer, output, card, _licences(config))
 
 
-def trained_model(config: RunConfig, checkpoint: Path, dtype: str) -> nn.Module:
+def trained_model(config: RunConfig, checkpoint: Path, dtype: str, extension: Extension | None = None) -> nn.Module:
     """The model of a checkpoint, as it is exported: in evaluation mode, low-rank updates merged.
 
     The checkpoint's fp32 tensors are rounded to `dtype` once, low-rank updates after they were added to the weights.
+
+    Args:
+        config: the run.
+        checkpoint: its folder.
+        dtype: `fp32` or `bf16`.
+        extension: tokens that were added to the base's.
 
     Raises:
         CheckpointError: the checkpoint is not of this model.
@@ -81,7 +92,7 @@ def trained_model(config: RunConfig, checkpoint: Path, dtype: str) -> nn.Module:
         model=replace(config.model, attention="sdpa"),  # no part of the weights, and other kernels need a GPU
         train=replace(config.train, precision="fp32" if merges else dtype),
     )
-    model = build_model(config).eval()
+    model = build_model(config, rows=kept_rows(checkpoint), extension=extension).eval()
     load_module(model, checkpoint)
     if merges:
         merge_lora(model)
@@ -146,7 +157,10 @@ def _empty_twin(model: nn.Module) -> nn.Module:
     from moect.model.modeling_moect import MoectConfig, MoectForCausalLM
 
     moe = replace(model.moe_config, dispatch="auto")  # no part of the model: what trained here need not be there
-    config = MoectConfig(base_config=model.config.get_text_config(), moe=asdict(moe), dtype=model.dtype)
+    base_config, rows = copy.deepcopy(model.config.get_text_config()), rows_of(model)
+    base_config.vocab_size = model.model.embed_tokens.num_embeddings
+    of_rows = {"rows": len(rows[0].ids), "added_tokens": rows[0].added} if rows else {}
+    config = MoectConfig(base_config=base_config, moe=asdict(moe), dtype=model.dtype, **of_rows)
     with torch.device("meta"):
         twin = MoectForCausalLM._from_config(config)
     twin.generation_config = model.generation_config
@@ -155,9 +169,8 @@ def _empty_twin(model: nn.Module) -> nn.Module:
 
 def _probe(model: nn.Module) -> torch.Tensor:
     """Token ids to compare logits on, (4, S) from the whole vocabulary."""
-    shape = model.config.get_text_config()
-    length = min(64, getattr(shape, "max_position_embeddings", 64))
-    return torch.randint(shape.vocab_size, (4, length), generator=torch.Generator().manual_seed(0))
+    length = min(64, getattr(model.config.get_text_config(), "max_position_embeddings", 64))
+    return torch.randint(model.config.vocab_size, (4, length), generator=torch.Generator().manual_seed(0))
 
 
 def _check_free(folder: Path) -> None:

@@ -1,7 +1,8 @@
 """Put the module into a frozen Hugging Face causal LM, mark what trains, and take it out again.
 
 Nothing of the base is renamed, copied or replaced: a chosen block gets one more child, `moe`, and a class whose forward
-uses it. So base tensors keep their names, module tensors are those below `….moe.`, and removal is exact.
+uses it. So base tensors keep their names, module tensors are those below `….moe.` (and `….rows.`, see
+`moect.model.embeddings`), and removal is exact.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from torch import Tensor, nn
 
 from moect.dispatch import backends
 from moect.errors import ConfigError, UnsupportedModelError
+from moect.model.embeddings import remove_rows, rows_of
 from moect.model.families import blocks_of, check_config
 from moect.model.moe_ffn import MoEFFN
-from moect.model.record import ForwardRecord
+from moect.model.record import RECORD, ForwardRecord
 from moect.moe_config import MoeConfig
 
 log = logging.getLogger("moect.model")
-RECORD = "moect_record"  # keyword under which the record travels through the base's own forward
 
 
 class AppendedBlock:
@@ -115,6 +116,7 @@ def remove_moe(model: nn.Module) -> nn.Module:
     """
     if not is_appended(model):
         raise UnsupportedModelError("the model has no appended module to remove")
+    remove_rows(model)
     for block in blocks_of(model):
         del block.moe
         block.__class__ = type(block).__mro__[2]  # (appended class, AppendedBlock, the base's class, …)
@@ -133,15 +135,21 @@ def modules_of(model: nn.Module) -> list[MoEFFN]:
     return [m for m in model.modules() if isinstance(m, MoEFFN)]
 
 
+def is_appended_tensor(name: str) -> bool:
+    """Whether the tensor of this name, parameter or buffer, was appended to the base."""
+    return ".moe." in name or ".rows." in name
+
+
 def module_state(model: nn.Module) -> dict[str, Tensor]:
-    """Tensors of the appended modules, parameters and buffers, by their names in the model."""
-    return {name: tensor for name, tensor in model.state_dict().items() if ".moe." in name}
+    """Tensors of what was appended, parameters and buffers, by their names in the model."""
+    return {name: tensor for name, tensor in model.state_dict().items() if is_appended_tensor(name)}
 
 
 @contextmanager
 def base_only(model: nn.Module):
-    """Inside, the model is the base: the modules are skipped and every block returns r + f, bit for bit."""
-    modules = modules_of(model)
+    """Inside, the model is the base, with the base's vocabulary: the modules are skipped and every block returns r + f,
+    and every row is the base's, bit for bit."""
+    modules = [*modules_of(model), *rows_of(model)]
     before = [m.enabled for m in modules]
     for m in modules:
         m.enabled = False

@@ -18,6 +18,7 @@ from torch import nn
 from moect.config import ModelConfig, RunConfig
 from moect.errors import ConfigError, UnsupportedModelError
 from moect.model.append import append_moe, base_only, modules_of
+from moect.model.embeddings import append_rows, rows_of
 from moect.model.families import check_config
 from moect.model.partition import divide, dividing, loading_divided
 
@@ -98,7 +99,9 @@ def load_base(
     return model.eval()
 
 
-def build_model(config: RunConfig, meta: bool = False, zero3: dict | None = None) -> nn.Module:
+def build_model(
+    config: RunConfig, meta: bool = False, zero3: dict | None = None, rows: list[int] | None = None, extension=None
+) -> nn.Module:
     """Base plus what `config.method` trains.
 
     Args:
@@ -106,6 +109,10 @@ def build_model(config: RunConfig, meta: bool = False, zero3: dict | None = None
         meta: make shapes only.
         zero3: DeepSpeed's settings of a run with ZeRO-3. Then parameters are divided among the ranks as they come,
             with the values they have undivided (LoRA's own few are left whole), and every rank must call.
+        rows: for `model.train_embeddings: unseen`, the tokens whose rows train; those that were added may be among
+            them. None: it is not known which; shapes are made as if it were all of them, which is the most.
+        extension: `moect.data.extended_tokenizer.Extension`, the tokens that were added to the base's, with what they
+            are made of. None: no token was, or it is not known which; then there are as many as may be.
 
     Returns:
         A transformers causal LM in `train.precision`; what trains has `requires_grad`.
@@ -114,12 +121,18 @@ def build_model(config: RunConfig, meta: bool = False, zero3: dict | None = None
         ConfigError, UnsupportedModelError: the base cannot be loaded, or cannot be extended.
     """
     check_config(load_base_config(config.model))  # before gigabytes are read
+    if not meta and (
+        (config.model.train_embeddings == "unseen" and rows is None)
+        or (config.model.extend_tokenizer and extension is None)
+    ):
+        raise ValueError("a model to train needs to know its rows and added tokens; only shapes do without")
     model = load_base(config.model, DTYPES[config.train.precision], config.seed, meta, zero3)
     if config.method == "full":
         return model.requires_grad_(True)
     if config.method == "lora":
         return _add_lora(model, config)
-    return append_moe(model, config.moe, config.seed, within=dividing if zero3 else None)
+    append_moe(model, config.moe, config.seed, within=dividing if zero3 else None)
+    return _add_rows(model, config.model, rows, extension, dividing if zero3 else None)
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
@@ -181,6 +194,24 @@ def merge_lora(model: nn.Module) -> nn.Module:
         layer.merge()
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    return model
+
+
+def _add_rows(model: nn.Module, config: ModelConfig, rows: list[int] | None, extension, within) -> nn.Module:
+    """Rows of embedding and head, as `model.train_embeddings` and the added tokens want them."""
+    V = model.model.embed_tokens.num_embeddings
+    first_id, pieces = (
+        (extension.first_id, extension.pieces) if extension else (V, [[0]] * (config.extend_tokenizer or 0))
+    )
+    ids = [] if config.train_embeddings == "none" else range(V)
+    if config.train_embeddings == "unseen" and rows is not None:
+        ids = [i for i in rows if i < V]
+    if not ids and not pieces:
+        return model
+    append_rows(model, ids, first_id, pieces, within)
+    if config.train_embeddings == "none":
+        for of_place in rows_of(model):
+            of_place.requires_grad_(False)
     return model
 
 

@@ -22,6 +22,8 @@ class MoectConfig(PretrainedConfig):
     Args:
         base_config: the base's config, or its values with `model_type`; copied.
         moe: values of `MoeConfig`; missing ones take its defaults.
+        rows: U, tokens that have rows of their own in embedding and head.
+        added_tokens: A, how many of these follow the base's vocabulary.
 
     Raises:
         ValueError: `moe` describes no module.
@@ -30,12 +32,20 @@ class MoectConfig(PretrainedConfig):
     model_type = "moect"
     sub_configs = {"base_config": AutoConfig}  # attention kernel and dtype are handed down to it
 
-    def __init__(self, base_config: dict | PretrainedConfig | None = None, moe: dict | None = None, **kwargs):
+    def __init__(
+        self,
+        base_config: dict | PretrainedConfig | None = None,
+        moe: dict | None = None,
+        rows: int = 0,
+        added_tokens: int = 0,
+        **kwargs,
+    ):
         values = base_config.to_dict() if isinstance(base_config, PretrainedConfig) else copy.deepcopy(base_config)
         values = values or {"model_type": "llama"}  # transformers makes configs without arguments, to learn defaults
         values.pop("_name_or_path", None)
         self.base_config = AutoConfig.for_model(**values)
         self.moe = asdict(MoeConfig(**(moe or {})))
+        self.rows, self.added_tokens = rows, added_tokens
         if self._auto_class is None:
             kwargs.pop("auto_map", None)  # saved again, no modelling file will lie beside it
         super().__init__(**kwargs)
@@ -44,7 +54,15 @@ class MoectConfig(PretrainedConfig):
         """The base's config: caches and masks are made from it."""
         return self.base_config
 
-    vocab_size = _of_base("vocab_size")
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the base, and those added to them."""
+        return self.base_config.vocab_size + self.added_tokens
+
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        self.base_config.vocab_size = value - self.added_tokens
+
     hidden_size = _of_base("hidden_size")
     intermediate_size = _of_base("intermediate_size")
     num_hidden_layers = _of_base("num_hidden_layers")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from moect.model.embeddings import rows_of
 from moect.model.families import blocks_of
 
 
@@ -30,10 +31,13 @@ def training_flops_per_token(
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 2 * 2 * (sequence_length / 2) * config.num_attention_heads * head_dim  # scores, and their mix of values
 
-    head = 2 * model.lm_head.weight.numel()
-    embeddings_train = model.model.embed_tokens.weight.requires_grad
+    rows = rows_of(model)  # of the embedding, and of an untied head; one of them adds to the logits
+    row_products = 2 * rows[-1].delta.numel() if rows else 0
+    embeddings_train = model.model.embed_tokens.weight.requires_grad or any(r.delta.requires_grad for r in rows)
+    head = 2 * model.lm_head.weight.numel() + row_products
     forward = input_gradient = head
-    weight_gradient = head if model.lm_head.weight.requires_grad else 0
+    weight_gradient = 2 * model.lm_head.weight.numel() if model.lm_head.weight.requires_grad else 0
+    weight_gradient += row_products if rows and rows[-1].delta.requires_grad else 0
     blocks = attention_total = again = 0.0
     below_trains = embeddings_train or recompute
     for block in blocks_of(model):

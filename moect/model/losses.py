@@ -8,6 +8,8 @@ T tokens, E experts, K experts per token, D width, V vocabulary, L blocks with a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -17,26 +19,30 @@ from moect.model.record import ForwardRecord
 CHUNK_ELEMENTS = 2**26  # logits held at once: 256 MiB in fp32
 
 
-def cross_entropy_sum(hidden_TD: Tensor, labels_T: Tensor, lm_head: nn.Module, vocab_size: int) -> Tensor:
+def cross_entropy_sum(
+    hidden_TD: Tensor, labels_T: Tensor, lm_head: Callable, vocab_size: int, gate_logit_T: Tensor | None = None
+) -> Tensor:
     """Sum of next-token cross-entropies in fp32, never holding more than CHUNK_ELEMENTS logits.
 
     Args:
         hidden_TD: last hidden states, after the final norm.
         labels_T: int64, the token to predict at each position; -100: none.
-        lm_head: maps (T, D) to logits (T, V).
+        lm_head: maps (T, D), and gate_logit_T where it is given, to logits (T, V).
         vocab_size: V.
+        gate_logit_T: logits of the language gate, for a head that follows it.
     """
     # as many parts as all positions would need: under ZeRO-3 every rank must call the head equally often
     parts = -(-len(labels_T) * vocab_size // CHUNK_ELEMENTS)
     scored = labels_T != -100
-    hidden_TD, labels_T = hidden_TD[scored], labels_T[scored]
+    inputs = [hidden_TD] if gate_logit_T is None else [hidden_TD, gate_logit_T]
+    columns = [column[scored] for column in (labels_T, *inputs)]
 
-    def chunk_sum(hidden_CD: Tensor, labels_C: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(lm_head(hidden_CD).float(), labels_C, reduction="sum")
+    def chunk_sum(labels_C: Tensor, *inputs_C: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(lm_head(*inputs_C).float(), labels_C, reduction="sum")
 
     if parts <= 1:
-        return chunk_sum(hidden_TD, labels_T)
-    chunks = zip(hidden_TD.tensor_split(parts), labels_T.tensor_split(parts), strict=True)
+        return chunk_sum(*columns)
+    chunks = zip(*(column.tensor_split(parts) for column in columns), strict=True)
     return torch.stack([checkpoint(chunk_sum, *chunk, use_reentrant=False) for chunk in chunks]).sum()
 
 

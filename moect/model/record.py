@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+RECORD = "moect_record"  # keyword under which the record travels through the base's own forward
+
 
 @dataclass
 class BlockRecord:

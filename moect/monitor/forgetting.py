@@ -25,7 +25,7 @@ from moect.monitor.routing import RoutingMeter
 from moect.monitor.rows import Row, read_rows, replace_rows, write_atomically
 from moect.monitor.score import Score, score
 from moect.monitor.table import render_table
-from moect.monitor.windows import tokenise
+from moect.monitor.windows import TokenisedDocument, tokenise
 
 log = logging.getLogger("moect.monitor")
 
@@ -62,6 +62,7 @@ class ForgettingMonitor:
         folder: RUN/monitor; made when something is written.
         rank, world_size: of this process.
         base_key: fingerprint of the base.
+        base_tokenizer: the base's, where tokens were added to it for the run; None: it has the same.
 
     Raises:
         ConfigError: two texts of one language and domain, or a stride longer than the window.
@@ -77,6 +78,7 @@ class ForgettingMonitor:
         rank: int,
         world_size: int,
         base_key: str,
+        base_tokenizer=None,
     ):
         self.texts, self.folder = texts, Path(folder)
         self.rank, self.world_size = rank, world_size
@@ -89,6 +91,7 @@ class ForgettingMonitor:
                 "never be scored; lower monitor.stride"
             )
         self.documents, self.text_of_document = [], []
+        self.base_documents = []  # the same texts, as the base reads them
         for index, text in enumerate(texts):
             if (text.lang, text.domain) in {(t.lang, t.domain) for t in texts[:index]}:
                 raise ConfigError(
@@ -102,6 +105,7 @@ class ForgettingMonitor:
                     "there is nothing to predict; give longer text"
                 )
             self.documents += documents
+            self.base_documents += tokenise(base_tokenizer, text.documents) if base_tokenizer else documents
             self.text_of_document += [index] * len(documents)
         self.key = self._key(config, base_key)
         self.base: list[Measurement] | None = None
@@ -120,7 +124,7 @@ class ForgettingMonitor:
         """
         if self.has_base():
             return
-        self.base = self._measure(model, "the base")
+        self.base = self._measure(model, "the base", self.base_documents)
         values = {"key": self.key, "texts": [asdict(m) for m in self.base]}
         on_main(lambda: write_atomically(self.folder / "base.json", json.dumps(values, indent=1) + "\n"))
 
@@ -137,7 +141,7 @@ class ForgettingMonitor:
         if not self.has_base():
             raise TrainingError(f"{self.folder}: there is nothing to compare with; measure the base first")
         meter = RoutingMeter(model, self.text_of_document) if modules_of(model) else None
-        measurements = self._measure(model, f"the model at step {step}", meter)
+        measurements = self._measure(model, f"the model at step {step}", self.documents, meter)
         routing = meter.result(self.world_size) if meter else [None] * len(self.texts)
         rows = []
         for text, base, now, routed in zip(self.texts, self.base, measurements, routing, strict=True):
@@ -179,10 +183,10 @@ class ForgettingMonitor:
                 greatest = max(map(max, load_LE)) * len(load_LE[0])  # 1: every expert got the same
                 writer.add_scalar(f"routing/{name}/greatest_load", greatest, step)
 
-    def _measure(self, model: nn.Module, what: str, meter: RoutingMeter | None = None) -> list[Measurement]:
-        scores = score(
-            model, self.documents, self.window, self.stride, self.batch_size, self.rank, self.world_size, meter
-        )
+    def _measure(
+        self, model: nn.Module, what: str, documents: list[TokenisedDocument], meter: RoutingMeter | None = None
+    ) -> list[Measurement]:
+        scores = score(model, documents, self.window, self.stride, self.batch_size, self.rank, self.world_size, meter)
         of_text: list[list[Score]] = [[] for _ in self.texts]
         for index, result in zip(self.text_of_document, scores, strict=True):
             of_text[index].append(result)
@@ -204,7 +208,7 @@ class ForgettingMonitor:
         names = [(text.lang, text.domain) for text in self.texts]
         settings = [self.window, self.stride, config.train.precision, config.model.attention]
         whole = hashlib.sha256(json.dumps([base_key, names, self.text_of_document, settings]).encode())
-        for document in self.documents:
+        for document in self.base_documents:
             whole.update(json.dumps(list(asdict(document).values())).encode())
         return whole.hexdigest()
 

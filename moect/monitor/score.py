@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moect.errors import DataError
-from moect.model.append import RECORD
+from moect.model.append import RECORD, is_appended
+from moect.model.embeddings import logits_of
 from moect.model.losses import CHUNK_ELEMENTS
 from moect.model.record import ForwardRecord
 from moect.monitor.routing import RoutingMeter
@@ -78,7 +79,7 @@ def score(
             index = turn * world_size + rank
             batch = _Batch(documents, batches[min(index, len(batches) - 1)], device)
             record = ForwardRecord()
-            nll_N, right_N = _predict(model, batch, n_chunks, {RECORD: record} if meter else {})
+            nll_N, right_N = _predict(model, batch, n_chunks, record)
             if index >= len(batches):  # there is no batch left for this rank: it only kept the others company
                 continue
             nll_G.index_add_(0, batch.document_N, nll_N.double() * batch.counts_N)
@@ -133,18 +134,19 @@ class _Batch:
         self.in_answer_N = in_answer_BS[predicts_BS].to(device)
 
 
-def _predict(model: nn.Module, batch: _Batch, n_chunks: int, extra: dict) -> tuple[Tensor, Tensor]:
+def _predict(model: nn.Module, batch: _Batch, n_chunks: int, record: ForwardRecord) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood (N,) fp32 of each target, and whether it is the likeliest token (N,)."""
+    extra = {RECORD: record} if is_appended(model) else {}
     # the decoder and then the head, so that there are logits only where they are wanted, and never all at once
     hidden_BSD = model.model(
         input_ids=batch.ids_BS, attention_mask=batch.mask_BS, use_cache=False, **extra
     ).last_hidden_state
-    chunks = zip(
-        hidden_BSD[batch.predicts_BS].tensor_split(n_chunks), batch.target_N.tensor_split(n_chunks), strict=True
-    )
+    columns = [batch.target_N, hidden_BSD[batch.predicts_BS]]
+    if record.gate_logit_T is not None:
+        columns.append(record.gate_logit_T[batch.predicts_BS.flatten()])
     nll, right = [], []
-    for hidden_CD, target_C in chunks:
-        logits_CV = model.lm_head(hidden_CD).float()
+    for target_C, *inputs_C in zip(*(column.tensor_split(n_chunks) for column in columns), strict=True):
+        logits_CV = logits_of(model, *inputs_C).float()
         nll.append(nn.functional.cross_entropy(logits_CV, target_C, reduction="none"))
         right.append(logits_CV.argmax(-1) == target_C)
     return torch.cat(nll), torch.cat(right)

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moect.errors import CheckpointError
+from moect.model.append import is_appended_tensor
 
 FORMAT = 1
 INFO = "checkpoint.json"
@@ -188,14 +189,14 @@ def check_shapes(tensors: dict[str, Tensor], shapes: dict[str, torch.Size], path
 
 
 def trained_tensors(model: torch.nn.Module):
-    """(name, tensor) of every parameter that trains and of every buffer of an appended module."""
+    """(name, tensor) of every parameter that trains and of every buffer that was appended."""
     yield from ((n, p) for n, p in model.named_parameters() if p.requires_grad)
     yield from module_buffers(model)
 
 
 def module_buffers(model: torch.nn.Module):
-    """(name, tensor) of every buffer of an appended module."""
-    yield from ((n, b) for n, b in model.named_buffers() if ".moe." in n)
+    """(name, tensor) of every buffer that was appended: of modules, and the tokens whose rows train."""
+    yield from ((n, b) for n, b in model.named_buffers() if is_appended_tensor(n))
 
 
 def _digest(values: dict) -> str:

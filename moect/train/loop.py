@@ -19,8 +19,9 @@ import moect
 from moect import distributed
 from moect.config import RunConfig, config_to_yaml
 from moect.data.evaluation import load_evaluation
+from moect.data.extended_tokenizer import extension_of
 from moect.data.loader import Loader, MicroBatch
-from moect.data.tokenizer import run_tokenizer
+from moect.data.tokenizer import keep_tokenizer, load_tokenizer, run_tokenizer
 from moect.errors import CheckpointError, TrainingError
 from moect.model.append import modules_of
 from moect.model.build import DTYPES, base_fingerprint, base_view, build_model, load_base_config
@@ -34,6 +35,7 @@ from moect.train.meters import Meter, duration, peak_flops
 from moect.train.objective import Objective, StepCounts
 from moect.train.resume import check_same_run, check_same_start, check_start
 from moect.train.schedule import learning_rate
+from moect.train.token_rows import check_extension, decide_rows, extension_digest
 
 
 def train(config: RunConfig) -> Path:
@@ -64,7 +66,10 @@ class Run:
         self.main = rank == 0
         # whatever can be wrong with the input is found before the folder is made
         self.tokenizer = distributed.main_first(lambda: run_tokenizer(config))
+        self.extension = extension_of(self.tokenizer) if config.model.extend_tokenizer else None
         vocab_size = load_base_config(config.model).vocab_size
+        if self.extension:
+            vocab_size = max(vocab_size, self.extension.first_id + len(self.extension.pieces))
         cache = Path(config.output) / ".cache"
         self.loader = distributed.main_first(
             lambda: Loader(config, self.tokenizer, cache, rank, world_size, vocab_size)
@@ -73,24 +78,37 @@ class Run:
         if config.monitor.enabled:
             texts = distributed.main_first(lambda: load_evaluation(config.data, cache))
         zero3 = deepspeed_config(config.train, world_size) if config.train.zero_stage == 3 else None
-        model = build_model(config, zero3=zero3)
+        self.folder = config.folder
         self.fingerprint = base_fingerprint(config.model, config.seed)
-        shapes = build_model(config, meta=True) if zero3 else model  # a divided parameter is empty
-        self.plan = make_plan(config, shapes, self.loader.summary(), world_size)
+        self.began_from = None  # the digest of what trained in the run that this one went on from
+        self.checkpoint, self.changed = self._find_checkpoint() if config.resume == "auto" else (None, [])
+        self.start = self._find_start() if config.model.start and not self.checkpoint else None
+        came_from = self.checkpoint or self.start
+        rows = distributed.on_main(lambda: decide_rows(config, self.loader.stores, vocab_size, came_from))
+        model = build_model(config, zero3=zero3, rows=rows, extension=self.extension)
+        # a divided parameter is empty
+        shapes = build_model(config, meta=True, rows=rows, extension=self.extension) if zero3 else model
+        samples = self.loader.samples(self.tokenizer)
+        # of what is drawn already and of the shares from here on
+        self.plan = make_plan(config, shapes, self.loader.summary(), world_size, samples=samples)
 
         for moe in modules_of(model)[:1]:
             moe.experts.choose()
 
-        self.folder = config.folder
         self.monitor = None
         if texts:
             self.monitor = ForgettingMonitor(
-                config, texts, self.tokenizer, self.folder / "monitor", rank, world_size, self.fingerprint
+                config,
+                texts,
+                self.tokenizer,
+                self.folder / "monitor",
+                rank,
+                world_size,
+                self.fingerprint,
+                base_tokenizer=load_tokenizer(config.model) if self.extension else None,
             )
-        self.began_from = None  # the digest of what trained in the run that this one went on from
-        self.checkpoint, self.changed = self._find_checkpoint() if config.resume == "auto" else (None, [])
-        self.start = self._find_start() if config.model.start and not self.checkpoint else None
         distributed.on_main(lambda: open_folder(config))
+        distributed.on_main(lambda: keep_tokenizer(self.tokenizer, self.folder))
         self.log = RunLog(self.folder, enabled=self.main)
         self.writer = _tensorboard(self.folder) if self.main else None
         self.objective = Objective(model, config)
@@ -132,7 +150,8 @@ class Run:
         self._say(f"\n{self.folder}: {how} at step {self.step}")
 
     def close(self) -> None:
-        """Close the run's files, and let go of DeepSpeed's hooks."""
+        """Close the run's files, end its worker processes, and let go of DeepSpeed's hooks."""
+        self.loader.close()
         self.log.close()
         if self.writer:
             self.writer.close()
@@ -197,7 +216,11 @@ class Run:
             return
         values = self._figures(counts)
         speed = meter.read(self.config.train.steps - self.step)
-        self.log.write(step=self.step, **values, **{k: v for k, v in speed.items() if k != "eta_seconds"})
+        speeds = {k: v for k, v in speed.items() if k != "eta_seconds"}
+        seen = self.loader.tokens_seen()
+        self.log.write(step=self.step, **values, **speeds, tokens_seen=seen)
+        for language, tokens in seen.items():
+            self.writer.add_scalar(f"tokens/{language}", tokens, self.step)
         for key, value in {**values, "tokens_per_second": speed["tokens_per_second"], "mfu": speed["mfu"]}.items():
             if isinstance(value, float):
                 self.writer.add_scalar(f"train/{key}", value, self.step)
@@ -247,6 +270,7 @@ class Run:
                 "moect": moect.__version__,
                 "base_fingerprint": self.fingerprint,
                 "began_from": self.began_from,
+                "extension": extension_digest(self.extension),
                 "data": self.loader.state_dict(),
                 "world_size": self.world_size,
                 "config": dataclasses.asdict(self.config),
@@ -277,6 +301,7 @@ class Run:
             )
         changed = check_same_run(info, self.config, self.fingerprint, str(path))
         check_same_start(info, self.config, str(path))
+        check_extension(info, self.extension, str(path))
         self.began_from = info.get("began_from")
         self.loader.load_state_dict(info["data"])
         return path, changed
@@ -286,6 +311,7 @@ class Run:
         path = distributed.on_main(lambda: checkpoint.find_checkpoint(Path(self.config.model.start)))
         info = checkpoint.read_info(path)
         check_start(info, self.config, self.fingerprint, str(path))
+        check_extension(info, self.extension, str(path))
         self.began_from = info["files"][checkpoint.MODULE]
         self.loader.go_on_after(info["data"])
         return path
@@ -306,6 +332,10 @@ class Run:
         self.step = info["step"]
         self.log.write(event="resume", step=self.step, world_size=self.world_size, changed=self.changed)
         self._say(f"resumed from {path}" + "".join(f"\n  changed: {line}" for line in self.changed))
+        if change := self.loader.change:
+            self.log.write(event="mixture", step=self.step, row=self.loader.rows, **change)
+            shares = (f"\n  {key}: {change['before'][key]:.2%} -> {now:.2%}" for key, now in change["now"].items())
+            self._say("the mixture changes; what was drawn before is not made up for" + "".join(shares))
         if self.monitor and not self.monitor.has_rows(self.step):  # killed between checkpoint and measurement
             self._measure()
 

@@ -13,6 +13,7 @@ from torch import nn
 from moect.config import RunConfig
 from moect.model.append import modules_of
 from moect.model.build import parameter_counts
+from moect.model.embeddings import rows_of
 from moect.model.losses import CHUNK_ELEMENTS
 from moect.train import engine
 
@@ -108,5 +109,8 @@ def _activations(config: RunConfig, model: nn.Module) -> int:
         widths += moe.config.top_k * (2 * shape.hidden_size + 4 * moe.experts.down_proj.shape[-1])
     blocks = shape.num_hidden_layers
     kept = shape.hidden_size * blocks + widths if train.activation_checkpointing else widths * blocks
-    logits = min(tokens * shape.vocab_size, CHUNK_ELEMENTS) * LOGIT_BYTES
-    return tokens * kept * (2 if train.precision == "bf16" else 4) + logits
+    b = 2 if train.precision == "bf16" else 4
+    # rows that train make logits of their own, and a copy of all with these added
+    rows = 2 * b if rows_of(model) else 0
+    logits = min(tokens * shape.vocab_size, CHUNK_ELEMENTS) * (LOGIT_BYTES + rows)
+    return tokens * kept * b + logits

@@ -13,12 +13,14 @@ B batch rows, S sequence, T = B·S tokens, E experts, L blocks with a module
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from moect.config import RunConfig
 from moect.model.append import RECORD, modules_of
+from moect.model.embeddings import logits_of
 from moect.model.losses import balance_loss, cross_entropy_sum, expert_counts, gate_sums, score_sums, z_sum
 from moect.model.record import ForwardRecord
 
@@ -68,8 +70,13 @@ class Objective(nn.Module):
         hidden_BSD = self.model.model(
             input_ids=input_ids, position_ids=position_ids, use_cache=False, **extra
         ).last_hidden_state
-        vocab_size = self.model.config.vocab_size
-        cross_entropy = cross_entropy_sum(hidden_BSD.flatten(0, 1), labels.flatten(), self.model.lm_head, vocab_size)
+        cross_entropy = cross_entropy_sum(
+            hidden_BSD.flatten(0, 1),
+            labels.flatten(),
+            partial(logits_of, self.model),
+            self.model.config.vocab_size,
+            record.gate_logit_T,
+        )
         self._add("cross_entropy", cross_entropy)
         loss = cross_entropy / max(counts.labels, 1)
         if self.modules_L:

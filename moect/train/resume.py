@@ -8,7 +8,8 @@ from moect.config import RunConfig, config_from_dict
 from moect.errors import CheckpointError, MoectError
 from moect.train.checkpoint import module_digest
 
-# what decides the meaning of the saved tensors or the order of the data: a difference is refused
+# what decides the meaning of the saved tensors or the order of a corpus: a difference is refused. The shares of the
+# corpora may change: the loader keeps the history of the mixture.
 FIXED = (
     "seed",
     "method",
@@ -21,8 +22,6 @@ FIXED = (
     "data.train",
     "data.sequence_length",
     "data.packing",
-    "data.replay",
-    "data.temperature",
     "train.batch_size",
 )
 # what may change: how fast, where, how often
@@ -132,7 +131,7 @@ def _under(key: str, prefixes: tuple[str, ...]) -> bool:
 
 
 def _flat(config: RunConfig) -> dict:
-    """Values by `section.key`; what is a mapping itself stays whole."""
+    """Values by `section.key`; what is a mapping itself stays whole, and the weights of sources are apart."""
     flat = {}
 
     def walk(values: dict, prefix: str) -> None:
@@ -143,4 +142,5 @@ def _flat(config: RunConfig) -> dict:
                 flat[prefix + key] = value
 
     walk(dataclasses.asdict(config), "")
+    flat["weights of data.train"] = [source.pop("weight") for source in flat["data.train"]]
     return flat

@@ -1,0 +1,40 @@
+"""Tokens that the new languages use and the old ones hardly do: their embeddings the base cannot have learned well.
+
+V tokens of the vocabulary
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moect.data.store import TokenStore
+from moect.data_config import DataConfig
+from moect.errors import ConfigError
+
+SHARE = 1e-6  # of the old languages' tokens, at most
+AT_ONCE = 2**24  # tokens counted at once: 128 MiB as int64
+
+
+def unseen_tokens(config: DataConfig, stores: list[TokenStore], vocab_size: int) -> list[int]:
+    """Tokens that occur in the new languages' text and are at most SHARE of the old languages', ascending.
+
+    Args:
+        config: reads `train` and `languages`.
+        stores: one for each source of `train`.
+        vocab_size: V, beyond every token of the stores.
+
+    Raises:
+        ConfigError: there is no text of old languages to compare with.
+    """
+    counts_V = {role: np.zeros(vocab_size, dtype=np.int64) for role in ("old", "new")}
+    for source, store in zip(config.train, stores, strict=True):
+        of_role_V = counts_V[config.languages[source.lang]]
+        for start in range(0, store.n_tokens, AT_ONCE):
+            of_role_V += np.bincount(store.tokens[start : start + AT_ONCE], minlength=vocab_size)
+    if not counts_V["old"].any():
+        raise ConfigError(
+            "`model.train_embeddings: unseen` compares with text of old languages, and `data.train` has none; add "
+            "some, or set it to `all` or `none`"
+        )
+    unseen_V = (counts_V["new"] > 0) & (counts_V["old"] <= SHARE * counts_V["old"].sum())
+    return unseen_V.nonzero()[0].tolist()

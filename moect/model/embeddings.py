@@ -1,0 +1,316 @@
+"""Rows of embedding and head that train, beside matrices that do not: for tokens the base hardly knows, or never had.
+
+The base's matrices W stay as they are. A chosen token i has a row of differences d_i of its own, zero at the start:
+
+    embedding    W[i] + d_i
+    logit        h·W_i + d_i·h            tied embeddings: one d for both; untied: one each
+
+so at the start the model computes what it computed before, bit for bit. A token that was added to the vocabulary has no
+row in W, and d_i is all of it; it starts as the mean of the rows of the pieces that its text was cut into before.
+
+With a language gate the head follows the token's gate value q, as the experts do:
+
+                     token with a row in W      added token, beyond W
+    in training      h·W_i + q d_i·h            d_i·h + log q
+    hard, q open     h·W_i + d_i·h              d_i·h
+    hard, q closed   h·W_i, the base's bits     d_i·h + log q
+
+An added token's probability is thus scaled by q. It is not zero even where the gate is closed: old text, cut by the
+extended tokenizer, holds added tokens too, and no text may be impossible.
+
+U rows, of tokens `ids`, ascending; V rows of the base; A added tokens beyond it; B batch, S sequence, D width;
+N positions of which logits are wanted
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from moect.errors import ConfigError
+from moect.model.record import RECORD, ForwardRecord
+from moect.moe_config import MoeConfig
+
+
+class TokenRows(nn.Module):
+    """The differences of U rows, `delta` (U, D), of the tokens `ids` (U,) int64.
+
+    Args:
+        count: U.
+        width: D.
+        base_rows: V, rows of the base's matrix.
+        added: A, the last of the tokens, which have no row there.
+        config: of the appended module; its gate threshold counts here too.
+    """
+
+    def __init__(self, count: int, width: int, base_rows: int, added: int, config: MoeConfig):
+        super().__init__()
+        self.base_rows, self.added, self.config = base_rows, added, config
+        self.enabled = True
+        self.delta = nn.Parameter(torch.empty(count, width))
+        self.register_buffer("ids", torch.empty(count, dtype=torch.int64))
+
+    @torch.no_grad()
+    def reset(self, ids_U: Tensor | None = None) -> None:
+        """Start as the base's rows; added tokens with rows of zeros.
+
+        Args:
+            ids_U: the tokens; None: the first of the base, and the added ones.
+        """
+        if ids_U is None:
+            inside = len(self.ids) - self.added
+            ids_U = torch.cat([torch.arange(inside), torch.arange(self.base_rows, self.base_rows + self.added)])
+        self.ids.copy_(ids_U)
+        self.delta.zero_()
+
+    @torch.no_grad()
+    def start_from_pieces(self, weight_VD: Tensor, first_id: int, pieces: list[list[int]]) -> None:
+        """Let the rows of tokens `first_id` … be the means of the base's rows of their pieces, taken in fp32."""
+        slots = torch.searchsorted(self.ids, torch.arange(first_id, first_id + len(pieces), device=self.ids.device))
+        for token, (slot, old) in enumerate(zip(slots.tolist(), pieces, strict=True), start=first_id):
+            row_D = weight_VD[old].float().mean(0)
+            if token < self.base_rows:  # one of the base's spare rows
+                row_D = row_D - weight_VD[token].float()
+            self.delta[slot] = row_D.to(self.delta.dtype)
+
+    def forward(
+        self,
+        base: Tensor,
+        tokens: Tensor | None = None,
+        hidden_ND: Tensor | None = None,
+        gate_logit_N: Tensor | None = None,
+    ) -> Tensor:
+        """Change what the base computes.
+
+        Args:
+            base: embeddings of `tokens`, (…, D), or logits of `hidden_ND`, (N, V).
+            tokens: int64 (…); the embeddings of added ones are whatever.
+            hidden_ND: last hidden states, after the final norm.
+            gate_logit_N: the language gate before its sigmoid, fp32; None without one.
+
+        Returns:
+            Embeddings (…, D), or logits (N, V + A).
+        """
+        if tokens is not None:
+            return self._embeddings(base, tokens)
+        return self._logits(base, hidden_ND, gate_logit_N)
+
+    def _embeddings(self, base: Tensor, tokens: Tensor) -> Tensor:
+        slots = torch.searchsorted(self.ids, tokens)
+        if self.added:
+            base = base.masked_fill((tokens >= self.base_rows)[..., None], 0)
+        else:  # the last token of the vocabulary need not be among ids
+            slots = slots.clamp_max(len(self.ids) - 1)
+        delta = nn.functional.embedding(slots, self.delta)  # IndexError beyond the vocabulary, as everywhere
+        return torch.where((self.ids[slots] == tokens)[..., None], base + delta, base)
+
+    def _logits(self, base_NV: Tensor, hidden_ND: Tensor, gate_logit_N: Tensor | None) -> Tensor:
+        linear, inside = nn.functional.linear, len(self.ids) - self.added
+        soft = gate_logit_N is not None and self.training
+        hard = gate_logit_N is not None and not self.training
+        open_N = gate_logit_N.sigmoid() > self.config.gate_threshold if hard else None
+        if soft:
+            q_N1 = gate_logit_N.sigmoid()[:, None].to(base_NV.dtype)
+            logits = self._add(base_NV, q_N1 * linear(hidden_ND, self.delta[:inside]))
+        elif hard:
+            token = open_N.nonzero()[:, 0]
+            changed = self._add(base_NV[token], linear(hidden_ND[token], self.delta[:inside]))
+            logits = base_NV.index_copy(0, token, changed)  # a closed token keeps the base's bits
+        else:
+            logits = self._add(base_NV, linear(hidden_ND, self.delta[:inside]))
+        if not self.added:
+            return logits
+        beyond_NA = linear(hidden_ND, self.delta[inside:])
+        if gate_logit_N is not None:
+            share_N = nn.functional.logsigmoid(gate_logit_N)
+            if hard:
+                share_N = share_N.masked_fill(open_N, 0)
+            beyond_NA = beyond_NA + share_N[:, None].to(beyond_NA.dtype)
+        return torch.cat([logits, beyond_NA], -1)
+
+    def _add(self, base_NV: Tensor, change_NU: Tensor) -> Tensor:
+        if change_NU.shape == base_NV.shape:
+            return base_NV + change_NU
+        return base_NV.index_add(-1, self.ids[: change_NU.shape[-1]], change_NU)
+
+
+class EmbeddingWithRows:
+    """Mixed into the class of the embedding, whose child `rows` is a `TokenRows`."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if not self.rows.enabled:
+            return super().forward(tokens)
+        known = torch.where(tokens < self.num_embeddings, tokens, 0) if self.rows.added else tokens
+        return self.rows(super().forward(known), tokens=tokens)
+
+
+class ExtendedCausalLM:
+    """Mixed into the class of a causal LM: a forward pass whose head knows the language gate's values."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """As in every causal LM of transformers.
+
+        Args:
+            input_ids: int64 (B, S); or give inputs_embeds (B, S, D).
+            attention_mask: (B, S), 0 at padding.
+            position_ids: int64 (B, S); where they start again at 0, so does the document.
+            past_key_values: a cache.
+            labels: int64 (B, S), -100 where there is none; shifted here, not by the caller.
+            use_cache: return a cache.
+            logits_to_keep: logits of the last so many positions only, or of these positions; 0: of all.
+            kwargs: for the base; `moect_record=ForwardRecord()` collects what routers and gates did.
+
+        Returns:
+            loss (with labels) and logits (B, S, V + A) in the dtype of the weights.
+        """
+        record = kwargs.setdefault(RECORD, ForwardRecord())
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_BSD, gate_logit_BS = outputs.last_hidden_state, record.gate_logit_T
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if gate_logit_BS is not None:
+            gate_logit_BS = gate_logit_BS.view(hidden_BSD.shape[:2])[:, keep]
+        logits_BSV = logits_of(self, hidden_BSD[:, keep], gate_logit_BS)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits_BSV, labels=labels, vocab_size=logits_BSV.shape[-1], **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits_BSV,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def logits_of(model: nn.Module, hidden: Tensor, gate_logit: Tensor | None = None) -> Tensor:
+    """Logits (…, V + A) of a causal LM, with rows that train or without.
+
+    Args:
+        model: a causal LM.
+        hidden: last hidden states (…, D), after the final norm.
+        gate_logit: of the same positions, (…); None without a language gate.
+    """
+    logits = model.lm_head(hidden)
+    rows = getattr(model.lm_head, "rows", None) or getattr(model.model.embed_tokens, "rows", None)
+    if rows is None or not rows.enabled:
+        return logits
+    changed_NV = rows(
+        logits.flatten(0, -2),
+        hidden_ND=hidden.flatten(0, -2),
+        gate_logit_N=None if gate_logit is None else gate_logit.flatten().to(hidden.device),
+    )
+    return changed_NV.view(*logits.shape[:-1], -1)
+
+
+def append_rows(
+    model: nn.Module,
+    ids: list[int],
+    first_id: int = 0,
+    pieces: list[list[int]] = (),
+    within: Callable[[nn.Module, nn.Module], AbstractContextManager] | None = None,
+) -> nn.Module:
+    """Give tokens rows of their own in embedding and head of an extended model, in place; they train.
+
+    `model.config.vocab_size` becomes V + A.
+
+    Args:
+        model: as `append_moe` makes it; on the meta device only shapes are made.
+        ids: tokens of the base.
+        first_id: of the tokens added to the vocabulary; spare rows of the base are used first.
+        pieces: of each added token, the tokens that its text was before.
+        within: as in `append_moe`, from the embedding (or head) and its rows.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: added tokens that do not follow the base's.
+    """
+    embedding, head = model.model.embed_tokens, model.lm_head
+    V = embedding.num_embeddings
+    ids = sorted({*ids, *range(first_id, first_id + len(pieces))})
+    beyond = [i for i in ids if i >= V]
+    if beyond != list(range(V, V + len(beyond))):
+        raise ConfigError(
+            f"the tokenizer's added tokens begin at {first_id}, the model's embedding ends at {V - 1}: tokens between "
+            "them have no row; take the base's own tokenizer"
+        )
+    for place in (embedding,) if model.config.tie_word_embeddings else (embedding, head):
+        weight = place.weight
+        with torch.device("meta"):
+            rows = TokenRows(len(ids), model.config.hidden_size, V, len(beyond), model.moe_config)
+        rows.to(dtype=weight.dtype).to_empty(device=weight.device)
+        if weight.device.type != "meta":
+            with within(place, rows) if within else nullcontext():
+                rows.reset(torch.tensor(ids))
+                rows.start_from_pieces(place.weight, first_id, pieces)
+        place.rows = rows.train(place.training)
+    _mix_in(embedding, EmbeddingWithRows)
+    if not isinstance(model, ExtendedCausalLM):
+        _mix_in(model, ExtendedCausalLM)
+    model.config.vocab_size = V + len(beyond)
+    return model
+
+
+def remove_rows(model: nn.Module) -> None:
+    """Undo `append_rows`, if it was done."""
+    if not rows_of(model):
+        return
+    embedding = model.model.embed_tokens
+    for place in (embedding, model.lm_head):
+        if hasattr(place, "rows"):
+            del place.rows
+    for module in (embedding, model):
+        module.__class__ = vars(type(module)).get("mixed_into", type(module))  # an exported model's class stays
+    model.config.vocab_size = embedding.num_embeddings
+
+
+def rows_of(model: nn.Module) -> list[TokenRows]:
+    """The rows that were appended, of the embedding first; empty for a model without."""
+    return [m for m in model.modules() if isinstance(m, TokenRows)]
+
+
+def describe_rows(model: nn.Module) -> dict | None:
+    """How many tokens have rows of their own, for plan and screen; None for a model without."""
+    rows = rows_of(model)[:1]
+    if not rows:
+        return None
+    added = max(rows[0].added, 0)
+    return {
+        "rows": len(rows[0].ids),
+        "added": added,
+        "vocabulary": rows[0].base_rows + added,
+        "train": rows[0].delta.requires_grad,
+    }
+
+
+def _mix_in(module: nn.Module, mixin: type) -> None:
+    base = type(module)
+    module.__class__ = type(
+        f"Extended{base.__name__}", (mixin, base), {"__module__": base.__module__, "mixed_into": base}
+    )

@@ -1,0 +1,91 @@
+"""Processes beside this one: spawned, bounded in what they hold, gone when this one is."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from typing import TypeVar
+
+from moect.errors import DataError
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def map_in_order(
+    call: Callable[[Item], Result], items: Iterable[Item], workers: int, begin: Callable, what: object, lost: str
+) -> Iterator[tuple[Item, Result]]:
+    """Each item with what `call` makes of it in another process, in the order of the items.
+
+    The items are read no further ahead than keeps the processes busy.
+
+    Args:
+        call: a function of a module.
+        items: travel to the processes, as the results travel back.
+        workers: number of processes.
+        begin, what: each process calls begin(what) once, before its first item.
+        lost: the message when a process ended by itself.
+
+    Raises:
+        DataError: it did.
+    """
+    # spawned: a fork would copy the locks of PyTorch's and the tokenizers' threads in whatever state they are
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(begin, what))
+    pending: deque = deque()
+    try:
+        for item in items:
+            with without_main():
+                pending.append((item, pool.submit(call, item)))
+            if len(pending) > 2 * workers:
+                done, future = pending.popleft()
+                yield done, future.result()
+        while pending:
+            done, future = pending.popleft()
+            yield done, future.result()
+    except BrokenProcessPool as error:
+        raise DataError(lost) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def without_main() -> Iterator[None]:
+    """Inside, processes that are spawned do not run this program's main script again.
+
+    What they call lies in modules of moect. So a script needs no `if __name__ == "__main__"`, and they start faster.
+    """
+    main = sys.modules["__main__"]
+    hidden = {name: vars(main)[name] for name in ("__spec__", "__file__") if name in vars(main)}
+    main.__spec__ = None
+    vars(main).pop("__file__", None)
+    try:
+        yield
+    finally:
+        vars(main).update(hidden)
+
+
+def _begin(begin: Callable, what: object) -> None:
+    """In the process: one thread, no answer to Ctrl-C, which the parent handles, and no life after the parent."""
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    begin(what)
+
+
+def _end_with_parent() -> None:
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)

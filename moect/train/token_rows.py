@@ -1,0 +1,90 @@
+"""Which tokens have rows of their own in a run: decided when it starts, and from then on as its checkpoints have it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+from moect.config import RunConfig
+from moect.data.extended_tokenizer import Extension, extension_of
+from moect.data.store import TokenStore, find_store
+from moect.data.unseen import unseen_tokens
+from moect.errors import CheckpointError
+from moect.train.checkpoint import read_module
+
+IDS = "model.embed_tokens.rows.ids"  # in a checkpoint; absent where no token has a row of its own
+log = logging.getLogger("moect.train")
+
+
+def decide_rows(config: RunConfig, stores: list[TokenStore], vocab_size: int, checkpoint: Path | None) -> list[int]:
+    """The tokens whose rows train under `unseen`; [] otherwise.
+
+    Args:
+        config: the run.
+        stores: one for each source of `data.train`.
+        vocab_size: of the tokenizer and the base, the greater.
+        checkpoint: what the run goes on from; None: nothing, so it is decided now.
+
+    Raises:
+        ConfigError: there is no text of old languages to compare with.
+    """
+    model = config.model
+    if model.train_embeddings == "none" and model.extend_tokenizer:
+        log.warning("rows of added tokens stay the means of their pieces; `model.train_embeddings: unseen` trains them")
+    if model.train_embeddings != "unseen":
+        return []
+    if checkpoint:
+        return kept_rows(checkpoint)
+    rows = unseen_tokens(config.data, stores, vocab_size)
+    if not rows and not model.extend_tokenizer:
+        log.warning("`model.train_embeddings: unseen` finds none: the old languages use every token of the new ones")
+    return rows
+
+
+def planned_rows(config: RunConfig, tokenizer, cache_folder: Path) -> dict:
+    """What can be told to `build_model` of rows and added tokens before the run: as far as the tokenizer and the token
+    stores are there. Nothing is made. Where `rows` or `extension` is missing, the model has as many as there can be.
+
+    Args:
+        config: the run.
+        tokenizer: the run's; None: it is still to be made.
+        cache_folder: where token stores are kept.
+    """
+    known = {}
+    if tokenizer is None:
+        return known
+    if config.model.extend_tokenizer:
+        known["extension"] = extension_of(tokenizer)
+    if config.model.train_embeddings == "unseen":
+        stores = [find_store(source, config.data, tokenizer, cache_folder) for source in config.data.train]
+        if all(stores):
+            known["rows"] = unseen_tokens(config.data, stores, 1 + max(store.max_token for store in stores))
+    return known
+
+
+def kept_rows(checkpoint: Path) -> list[int]:
+    """The tokens that have rows of their own in a checkpoint."""
+    tensors = read_module(checkpoint)
+    return tensors[IDS].tolist() if IDS in tensors else []
+
+
+def extension_digest(extension: Extension | None) -> str | None:
+    """A digest of the tokens that were added to the base's; None where none were."""
+    if extension is None:
+        return None
+    return hashlib.sha256(json.dumps([extension.first_id, extension.pieces]).encode()).hexdigest()
+
+
+def check_extension(info: dict, extension: Extension | None, where: str) -> None:
+    """Whether the rows of added tokens in a checkpoint are of the tokens that are added now.
+
+    Raises:
+        CheckpointError: they are of others.
+    """
+    if info.get("extension") != extension_digest(extension):
+        raise CheckpointError(
+            f"{where}: made with other tokens added to the base's (`model.extend_tokenizer` learns them from the new "
+            "languages in `data.train`); take the same sources and number, or start without `model.start` and resume"
+        )
