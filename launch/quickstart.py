@@ -16,8 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-from moect.data.numbers import LANGUAGES, write_numbers
-from moect.data.tokenizer import train_tokenizer
+from moect.data.reading.numbers import LANGUAGES, write_numbers
+from moect.data.vocabulary.tokenizer import train_tokenizer
 from moect.errors import MoectError
 from moect.monitor.compare import Comparison, compare
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from moect.config import RunConfig, unused_keys
-from moect.data.summary import language_records
+from moect.data.batches.summary import language_records
 from moect.data_config import DataConfig
 from moect.model.append import modules_of
 from moect.model.build import parameter_counts

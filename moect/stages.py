@@ -80,7 +80,7 @@ def run_stages(stages: list[RunConfig]) -> None:
             before the first.
     """
     from moect import distributed
-    from moect.data.loader import check_division
+    from moect.data.batches.loader import check_division
     from moect.train.loop import train
 
     _, world_size = distributed.start()
@@ -111,7 +111,7 @@ def plan_stages(stages: list[RunConfig], ranks: int, gpu: str | None = None, mfu
     Raises:
         MoectError: whatever can be known to be wrong with the configuration, the base's shape or the texts.
     """
-    from moect.data.loader import check_division, planned_data
+    from moect.data.batches.loader import check_division, planned_data
     from moect.model.build import build_model
     from moect.plan import make_plan
     from moect.train.meters import find_gpu
@@ -160,10 +160,10 @@ def prepare_stages(
     Raises:
         MoectError: whatever can be known to be wrong with the texts or the tokenizer.
     """
-    from moect.data.inspection import inspect_data
-    from moect.data.inspection_table import render as render_inspection
-    from moect.data.prepare import prepare, render, write_report
-    from moect.data.tokenizer import run_tokenizer
+    from moect.data.inspection.inspect import inspect_data
+    from moect.data.inspection.table import render as render_inspection
+    from moect.data.tokens.prepare import prepare, render, write_report
+    from moect.data.vocabulary.tokenizer import run_tokenizer
 
     _check_files(stages)
     for config in stages:
@@ -260,7 +260,7 @@ def _conclude(config: RunConfig, later: list[RunConfig]) -> bool:
 
 def _tokenizer(config: RunConfig):
     """The run's tokenizer, or None where the base comes without or it is still to be made."""
-    from moect.data.tokenizer import find_tokenizer
+    from moect.data.vocabulary.tokenizer import find_tokenizer
 
     model = config.model
     try:
@@ -361,7 +361,7 @@ def _check_origin(config: RunConfig, earlier: list[RunConfig], where: str) -> No
 
 def _check_files(stages: list[RunConfig]) -> None:
     """The files of every stage that is still to run are there, before hours are spent on the first."""
-    from moect.data.sources import resolve_files
+    from moect.data.reading.sources import resolve_files
 
     for config in stages:
         if config.resume == "auto" and _ended(config):

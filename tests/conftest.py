@@ -33,7 +33,7 @@ def place(inputs, tmp_path, monkeypatch):
 @pytest.fixture
 def tokenized(monkeypatch):
     """Names of all documents that this process has tokenized, with how often."""
-    from moect.data.tokenizing import BlockTokenizer
+    from moect.data.tokens.tokenizing import BlockTokenizer
 
     counted = Counter()
     plain = BlockTokenizer.__call__

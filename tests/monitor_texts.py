@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from moect.config import RunConfig, config_from_dict
-from moect.data.evaluation import EvaluationDocument, EvaluationText
-from moect.data.tokenizer import train_tokenizer
+from moect.data.reading.evaluation import EvaluationDocument, EvaluationText
+from moect.data.vocabulary.tokenizer import train_tokenizer
 
 SENTENCES = [
     "one hundred and nineteen",

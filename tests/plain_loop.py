@@ -10,8 +10,8 @@ import math
 import torch
 
 from moect.config import RunConfig
-from moect.data.loader import Loader
-from moect.data.tokenizer import load_tokenizer
+from moect.data.batches.loader import Loader
+from moect.data.vocabulary.tokenizer import load_tokenizer
 from moect.model.build import build_model
 from moect.model.record import ForwardRecord
 

@@ -18,7 +18,7 @@ from tiny import tiny_model
 
 import moect
 from moect.config import RunConfig, config_from_dict, config_to_yaml
-from moect.data.tokenizer import train_tokenizer
+from moect.data.vocabulary.tokenizer import train_tokenizer
 
 REPOSITORY = Path(moect.__file__).parents[1]
 VOCABULARY = 300

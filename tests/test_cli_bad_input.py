@@ -118,7 +118,7 @@ TABLE = {
     ),
     "another encoding": (
         write("cy.train.jsonl", GOOD + '{"text": "tŷ"}\n'.encode("utf-16")),
-        ["cy.train.jsonl:2: byte 0 is not UTF-8", "save the file as UTF-8"],
+        ["cy.train.jsonl:2: not UTF-8 (byte 0)", "mend the text"],
     ),
     "an empty corpus": (write("cy.train.jsonl", b"\n"), ["cy.train.jsonl: the corpus is empty"]),
     "a corpus without the field": (

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from moect.data.best_fit import BestFitRows, plan_rows
+from moect.data.batches.best_fit import BestFitRows, plan_rows
 
 
 class Lengths:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from data_helpers import Words, run_config, write_corpus
 
-from moect.data.loader import Loader
+from moect.data.batches.loader import Loader
 from moect.errors import DataError
 
 SOURCES = [

@@ -19,13 +19,13 @@ from huggingface_hub import HfApi, errors
 from huggingface_hub.utils import httpx
 from small_runs import DOCUMENTS, REPOSITORY, WORDS, events, launch
 
-from moect.data import evaluation, hub, progress
-from moect.data.evaluation import EvaluationDocument, load_evaluation
-from moect.data.files import Place
-from moect.data.hub import identity
-from moect.data.loader import Loader, planned_sources
-from moect.data.sources import read_documents
-from moect.data.store import build_store, find_store
+from moect.data.batches.loader import Loader, planned_sources
+from moect.data.reading import evaluation, hub, progress
+from moect.data.reading.evaluation import EvaluationDocument, load_evaluation
+from moect.data.reading.files import Place
+from moect.data.reading.hub import identity
+from moect.data.reading.sources import read_documents
+from moect.data.tokens.store import build_store, find_store
 from moect.data_config import DataConfig, EvaluationConfig, SourceConfig
 from moect.errors import DataError
 from moect.train.resume import check_same_run
@@ -152,7 +152,7 @@ def empty(folder):
         ({"subset": "b"}, damage, r"words/b: cannot be read, .*; check `dataset` and `subset`, or mend the files"),
         ({}, empty, r"words: cannot be read, .*doesn't contain any data files.*; check"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_dataset_folder_that_cannot_be_read_as_asked_is_one_line_with_the_remedy(folder, options, spoil, message):
     if spoil:

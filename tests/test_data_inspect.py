@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from data_helpers import run_config
 
-from moect.data import inspection
-from moect.data.contamination import EvaluationIndex
-from moect.data.inspection import inspect_data
-from moect.data.inspection_table import render
-from moect.data.inspector import Batch, Inspector, inspect_batches
+from moect.data.inspection import inspect as inspection
+from moect.data.inspection.contamination import EvaluationIndex
+from moect.data.inspection.inspect import inspect_data
+from moect.data.inspection.inspector import Batch, Inspector, inspect_batches
+from moect.data.inspection.table import render
 from moect.errors import DataError
 
 VOCABULARY = {

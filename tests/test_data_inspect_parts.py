@@ -9,10 +9,10 @@ import unicodedata
 import numpy as np
 import pytest
 
-from moect.data import duplicates
-from moect.data.columns import Columns
-from moect.data.contamination import EvaluationIndex
-from moect.data.duplicates import (
+from moect.data.inspection import duplicates
+from moect.data.inspection.columns import Columns
+from moect.data.inspection.contamination import EvaluationIndex
+from moect.data.inspection.duplicates import (
     BANDS,
     COMPARED,
     NEAR,
@@ -22,9 +22,9 @@ from moect.data.duplicates import (
     near_copies,
     shingles_of,
 )
-from moect.data.language_id import SURE, identify, known_languages, labels_of
-from moect.data.runs_of_words import hash_words, is_unspaced, normalised, split_words
-from moect.data.words import count_words
+from moect.data.inspection.language_id import SURE, identify, known_languages, labels_of
+from moect.data.inspection.runs_of_words import hash_words, is_unspaced, normalised, split_words
+from moect.data.reading.words import count_words
 
 SCRIPTS = [
     "Plain words, and a second line.\nTwo-fold: it's 12.5!",
@@ -301,7 +301,7 @@ def test_a_language_has_the_names_that_the_library_gives_it(language, labels):
 
 
 def test_every_known_language_is_known_by_its_own_name_and_all_aliases_lead_to_one():
-    from moect.data.language_id import ALIASES, MEMBERS
+    from moect.data.inspection.language_id import ALIASES, MEMBERS
 
     assert all(label in labels_of(label) for label in known_languages())
     assert set(ALIASES.values()) <= known_languages()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from data_helpers import WORDS, Words, run_config, write_corpus
 
-from moect.data.loader import Loader
+from moect.data.batches.loader import Loader
 from moect.errors import CheckpointError, ConfigError, DataError
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moect.data.mixture import Mixture, corpus_weights, limit_shares
+from moect.data.batches.mixture import Mixture, corpus_weights, limit_shares
 from moect.errors import ConfigError
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from data_helpers import WORDS, Words, write_corpus
 
-from moect.data.best_fit import BestFitRows
-from moect.data.corpus import Documents
-from moect.data.packing import JoinedRows
-from moect.data.store import build_store
+from moect.data.batches.best_fit import BestFitRows
+from moect.data.batches.corpus import Documents
+from moect.data.batches.packing import JoinedRows
+from moect.data.tokens.store import build_store
 from moect.data_config import DataConfig, SourceConfig
 
 BOS, EOS = WORDS, WORDS + 1

@@ -10,9 +10,9 @@ from data_helpers import Words, run_config, write_corpus
 
 from moect.bench import data as bench
 from moect.cli import main
-from moect.data.numbers import write_numbers
-from moect.data.prepare import prepare, render
-from moect.data.tokenizer import run_tokenizer, train_tokenizer
+from moect.data.reading.numbers import write_numbers
+from moect.data.tokens.prepare import prepare, render
+from moect.data.vocabulary.tokenizer import run_tokenizer, train_tokenizer
 from moect.stages import load_stages
 
 

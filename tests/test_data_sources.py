@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from moect.data import files
-from moect.data.evaluation import load_evaluation
-from moect.data.files import BLOCK_BYTES
-from moect.data.records import Document
-from moect.data.sources import read_documents
+from moect.data.reading import files
+from moect.data.reading.evaluation import load_evaluation
+from moect.data.reading.files import BLOCK_BYTES
+from moect.data.reading.records import Document
+from moect.data.reading.sources import read_documents
 from moect.data_config import DataConfig, EvaluationConfig, FilterConfig, SourceConfig
 from moect.errors import DataError
 

@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 from data_helpers import WORDS, Words, write_corpus
 
-from moect.data import files, hub, store_writer, tokenizing
-from moect.data.store import build_store
-from moect.data.tokenizer import train_tokenizer
+from moect.data.reading import files, hub
+from moect.data.tokens import store_writer, tokenizing
+from moect.data.tokens.store import build_store
+from moect.data.vocabulary.tokenizer import train_tokenizer
 from moect.data_config import DataConfig, FilterConfig, SourceConfig
 from moect.errors import DataError
 
@@ -247,7 +248,10 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from data_helpers import Words
 from test_data_store import build
-from moect.data import files, hub, store_writer, tokenizing
+from moect.data.reading import files
+from moect.data.reading import hub
+from moect.data.tokens import store_writer
+from moect.data.tokens import tokenizing
 files.BLOCK_BYTES, files.BLOCK_ROWS, hub.BLOCK_ROWS, store_writer.COMMIT_BLOCKS = 200, 5, 5, 3
 plain, added = store_writer.StoreWriter.add, 0
 def add(*args):
@@ -338,7 +342,9 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_data_store import build
-from moect.data import files, store_writer, tokenizing
+from moect.data.reading import files
+from moect.data.tokens import store_writer
+from moect.data.tokens import tokenizing
 files.BLOCK_BYTES, tokenizing.ALONE = 200, 1
 plain = store_writer.StoreWriter.add
 def add(self, *args):

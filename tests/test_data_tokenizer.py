@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from moect.config import ModelConfig, config_from_dict
-from moect.data.tokenizer import find_tokenizer, load_tokenizer, run_tokenizer, train_tokenizer
+from moect.data.vocabulary.tokenizer import find_tokenizer, load_tokenizer, run_tokenizer, train_tokenizer
 from moect.errors import DataError
 
 TEXTS = ["<cy> 219 = dau gant a phedwar ar bymtheg", "þrjú hundruð\ntvö  þúsund 1999"] * 3

@@ -16,10 +16,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moect.config import ModelConfig, config_from_dict
-from moect.data.continued_bpe import continue_bpe
-from moect.data.extended_tokenizer import extend_tokenizer, extension_of
-from moect.data.fragmentation import fragmentation, fragmentation_table
-from moect.data.tokenizer import find_tokenizer, keep_tokenizer, kept_tokenizer, load_tokenizer, run_tokenizer
+from moect.data.vocabulary.continued_bpe import continue_bpe
+from moect.data.vocabulary.extended_tokenizer import extend_tokenizer, extension_of
+from moect.data.vocabulary.fragmentation import fragmentation, fragmentation_table
+from moect.data.vocabulary.tokenizer import (
+    find_tokenizer,
+    keep_tokenizer,
+    kept_tokenizer,
+    load_tokenizer,
+    run_tokenizer,
+)
 from moect.errors import DataError
 
 ADDED = ("<s>", "</s>", "<|end|>", "    ", "<think>")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moect.data.words import count_words
+from moect.data.reading.words import count_words
 
 
 @pytest.mark.parametrize(

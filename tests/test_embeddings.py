@@ -11,7 +11,7 @@ from tiny import disturb, logits, tiny_model, tokens
 from transformers import AutoModelForCausalLM
 
 from moect.config import config_from_dict
-from moect.data.unseen import unseen_tokens
+from moect.data.tokens.unseen import unseen_tokens
 from moect.data_config import DataConfig, SourceConfig
 from moect.errors import ConfigError
 from moect.model import ForwardRecord, MoeConfig, append_moe, base_only, losses, modules_of, remove_moe
@@ -300,7 +300,7 @@ class Store:
 
 
 def test_unseen_tokens_are_those_that_a_count_of_every_token_finds(monkeypatch):
-    monkeypatch.setattr("moect.data.unseen.AT_ONCE", 1000)
+    monkeypatch.setattr("moect.data.tokens.unseen.AT_ONCE", 1000)
     rng = np.random.default_rng(0)
     old = [rng.integers(0, 60, 1_500_000), rng.integers(10, 40, 2_000_500)]
     old[0][:4], old[1][:3] = 70, 71  # 4 of 3.5 million are too many, 3 are not

@@ -12,8 +12,8 @@ from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moect.config import load_config
-from moect.data.extended_tokenizer import extension_of
-from moect.data.tokenizer import kept_tokenizer, load_tokenizer
+from moect.data.vocabulary.extended_tokenizer import extension_of
+from moect.data.vocabulary.tokenizer import kept_tokenizer, load_tokenizer
 from moect.errors import CheckpointError, ConfigError
 from moect.export.merged import export_run, trained_model
 from moect.train.checkpoint import read_info, save_checkpoint

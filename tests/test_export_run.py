@@ -14,7 +14,7 @@ from tiny import disturb, logits, tiny_config, tiny_model, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from moect.config import config_from_dict, config_to_yaml
-from moect.data.tokenizer import train_tokenizer
+from moect.data.vocabulary.tokenizer import train_tokenizer
 from moect.errors import CheckpointError, ExportError
 from moect.export import merged
 from moect.export.generate import generate_text

@@ -11,7 +11,7 @@ import torch
 from monitor_texts import evaluation_texts, make_tokenizer, run_config
 from tiny import disturb, tiny_model
 
-from moect.data.evaluation import EvaluationDocument, EvaluationText
+from moect.data.reading.evaluation import EvaluationDocument, EvaluationText
 from moect.errors import ConfigError, DataError, TrainingError
 from moect.model import MoeConfig, append_moe, base_only
 from moect.monitor.forgetting import ForgettingMonitor

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from monitor_texts import SENTENCES, documents, make_tokenizer
 from tiny import disturb, tiny_model
 
-from moect.data.evaluation import EvaluationDocument
+from moect.data.reading.evaluation import EvaluationDocument
 from moect.errors import DataError
 from moect.model import MoeConfig, append_moe
 from moect.monitor import score as score_module

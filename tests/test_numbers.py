@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from moect.data.evaluation import load_evaluation
-from moect.data.numbers import LANGUAGES, number_in_words, split_numbers, write_numbers
-from moect.data.sources import read_documents
+from moect.data.reading.evaluation import load_evaluation
+from moect.data.reading.numbers import LANGUAGES, number_in_words, split_numbers, write_numbers
+from moect.data.reading.sources import read_documents
 from moect.data_config import DataConfig, EvaluationConfig, SourceConfig
 from moect.errors import DataError
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from small_runs import assert_same_bits, events, launch, losses, tensors
 
 from moect.config import config_to_yaml, load_config
-from moect.data.loader import Loader
+from moect.data.batches.loader import Loader
 from moect.errors import CheckpointError, ConfigError, DataError
 from moect.stages import as_planned, load_stages, run_stages
 
@@ -234,7 +234,7 @@ def test_a_review_is_measured_against_the_base_and_reads_each_corpus_on(place):
 
 def test_two_runs_one_after_the_other_read_an_epoch_without_repetition(place):
     config = place.config(train={"batch_size": 4, "micro_batch": 4}, data={"replay": None})
-    from moect.data.tokenizer import load_tokenizer
+    from moect.data.vocabulary.tokenizer import load_tokenizer
 
     make = lambda: Loader(config, load_tokenizer(config.model), place.output / "cache")  # noqa: E731
     first, second, whole = make(), make(), make()

@@ -6,8 +6,8 @@ import multiprocessing
 import pytest
 from small_runs import assert_same_bits, events, figures, launch, losses
 
-from moect.data.loader import Loader
-from moect.data.tokenizer import load_tokenizer
+from moect.data.batches.loader import Loader
+from moect.data.vocabulary.tokenizer import load_tokenizer
 from moect.train.loop import train
 
 BEST_FIT = {"packing": "best-fit"}

@@ -10,7 +10,7 @@ from small_runs import Place, assert_same_bits, checkpoint, copy_run, events, fi
 from tiny import tiny_model
 
 from moect.config import load_config
-from moect.data.tokenizer import load_tokenizer
+from moect.data.vocabulary.tokenizer import load_tokenizer
 from moect.errors import CheckpointError
 from moect.train.checkpoint import read_info, save_checkpoint
 from moect.train.loop import train

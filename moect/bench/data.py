@@ -21,8 +21,8 @@ from statistics import median
 
 from moect.bench.machine import machine, versions
 from moect.bench.result_file import result_file
-from moect.data.numbers import LANGUAGES, number_in_words
-from moect.data.sources import read_documents
+from moect.data.reading.numbers import LANGUAGES, number_in_words
+from moect.data.reading.sources import read_documents
 from moect.data_config import DataConfig, SourceConfig
 from moect.errors import ConfigError
 from moect.processes import available_cores
@@ -125,7 +125,7 @@ def default_workers() -> int:
 def _make_inputs(options: Options, folder: Path) -> tuple[Path, Path]:
     """A file of JSON lines with so many megabytes of text, and a tokenizer's folder."""
     from moect.config import ModelConfig
-    from moect.data.tokenizer import load_tokenizer, train_tokenizer
+    from moect.data.vocabulary.tokenizer import load_tokenizer, train_tokenizer
 
     documents = _given(options.text) if options.text else _made(options.seed)
     if options.tokenizer:
@@ -238,7 +238,7 @@ def _make_store(pipe, corpus: Path, tokenizer: Path, workers: int, cache: Path) 
     """In a process of its own, as `moect prepare` is."""
     from transformers import PreTrainedTokenizerFast
 
-    from moect.data.store import build_store
+    from moect.data.tokens.store import build_store
 
     loaded = PreTrainedTokenizerFast.from_pretrained(str(tokenizer), local_files_only=True)
     source = SourceConfig(path=str(corpus), lang="any")

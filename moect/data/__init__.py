@@ -1,1 +1,1 @@
-"""From corpora to micro-batches: sources → tokens (store) → packing → mixture → loader."""
+"""From corpora to micro-batches: reading → vocabulary → tokens → batches; inspection beside them."""

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 
 from moect.config import ModelConfig
-from moect.data.tokenizer import load_tokenizer
+from moect.data.vocabulary.tokenizer import load_tokenizer
 from moect.errors import ExportError
 
 

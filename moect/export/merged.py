@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from moect.config import RunConfig, load_config
-from moect.data.extended_tokenizer import Extension, extension_of
-from moect.data.tokenizer import kept_tokenizer
+from moect.data.vocabulary.extended_tokenizer import Extension, extension_of
+from moect.data.vocabulary.tokenizer import kept_tokenizer
 from moect.errors import ExportError
 from moect.export.bundle import bundle
 from moect.export.card import make_card

@@ -111,8 +111,8 @@ def build_model(
             with the values they have undivided (LoRA's own few are left whole), and every rank must call.
         rows: for `model.train_embeddings: unseen`, the tokens whose rows train; those that were added may be among
             them. None: it is not known which; shapes are made as if it were all of them, which is the most.
-        extension: `moect.data.extended_tokenizer.Extension`, the tokens that were added to the base's, with what they
-            are made of. None: no token was, or it is not known which; then there are as many as may be.
+        extension: `moect.data.vocabulary.extended_tokenizer.Extension`, the tokens that were added to the base's, with
+            what they are made of. None: no token was, or it is not known which; then there are as many as may be.
 
     Returns:
         A transformers causal LM in `train.precision`; what trains has `requires_grad`.

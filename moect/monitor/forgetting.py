@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import nn
 
 from moect.config import RunConfig
-from moect.data.evaluation import EvaluationText
+from moect.data.reading.evaluation import EvaluationText
 from moect.distributed import on_main
 from moect.errors import ConfigError, DataError, TrainingError
 from moect.model.append import modules_of

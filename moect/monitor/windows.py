@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moect.data.evaluation import EvaluationDocument
+from moect.data.reading.evaluation import EvaluationDocument
 
 
 @dataclass

@@ -18,10 +18,10 @@ import torch.distributed as dist
 import moect
 from moect import distributed
 from moect.config import RunConfig, config_to_yaml
-from moect.data.evaluation import load_evaluation
-from moect.data.extended_tokenizer import extension_of
-from moect.data.loader import Loader, MicroBatch
-from moect.data.tokenizer import keep_tokenizer, load_tokenizer, run_tokenizer
+from moect.data.batches.loader import Loader, MicroBatch
+from moect.data.reading.evaluation import load_evaluation
+from moect.data.vocabulary.extended_tokenizer import extension_of
+from moect.data.vocabulary.tokenizer import keep_tokenizer, load_tokenizer, run_tokenizer
 from moect.errors import CheckpointError, TrainingError
 from moect.model.append import modules_of
 from moect.model.build import DTYPES, base_fingerprint, base_view, build_model, load_base_config

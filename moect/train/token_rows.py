@@ -8,9 +8,9 @@ import logging
 from pathlib import Path
 
 from moect.config import RunConfig
-from moect.data.extended_tokenizer import Extension, extension_of
-from moect.data.store import TokenStore, find_store
-from moect.data.unseen import unseen_tokens
+from moect.data.tokens.store import TokenStore, find_store
+from moect.data.tokens.unseen import unseen_tokens
+from moect.data.vocabulary.extended_tokenizer import Extension, extension_of
 from moect.errors import CheckpointError
 from moect.train.checkpoint import read_module
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 
-from moect.data.words import count_words
+from moect.data.reading.words import count_words
 from moect.tables import aligned
 
 DOCUMENTS_AT_ONCE = 256

@@ -8,8 +8,8 @@ from math import inf
 import numpy as np
 
 from moect.config import RunConfig
-from moect.data.corpus import Corpus
-from moect.data.mixture import corpus_weights, limit_shares
+from moect.data.batches.corpus import Corpus
+from moect.data.batches.mixture import corpus_weights, limit_shares
 
 log = logging.getLogger("moect.data")
 

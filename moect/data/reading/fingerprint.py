@@ -7,9 +7,9 @@ import hashlib
 import json
 from pathlib import Path
 
-from moect.data.digests import digest
-from moect.data.files import EXTENSIONS, resolve_files
-from moect.data.hub import identity
+from moect.data.reading.digests import digest
+from moect.data.reading.files import EXTENSIONS, resolve_files
+from moect.data.reading.hub import identity
 from moect.data_config import DataConfig, SourceConfig
 
 FORMAT_VERSION = 2  # of token stores

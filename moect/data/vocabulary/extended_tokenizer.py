@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moect.data.continued_bpe import check_bpe, continue_bpe, extended_spec, next_id
+from moect.data.vocabulary.continued_bpe import check_bpe, continue_bpe, extended_spec, next_id
 from moect.errors import DataError
 
 log = logging.getLogger("moect.data")

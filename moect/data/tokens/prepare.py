@@ -8,8 +8,8 @@ from collections import Counter
 from pathlib import Path
 
 from moect.config import RunConfig
-from moect.data.evaluation import load_evaluation
-from moect.data.store import TokenStore, build_store
+from moect.data.reading.evaluation import load_evaluation
+from moect.data.tokens.store import TokenStore, build_store
 from moect.data_config import source_key
 from moect.errors import DataError
 from moect.tables import aligned

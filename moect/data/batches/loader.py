@@ -17,15 +17,15 @@ from pathlib import Path
 import numpy as np
 
 from moect.config import RunConfig
-from moect.data.batch import MicroBatch, RowReader
-from moect.data.best_fit import BestFitRows
-from moect.data.corpus import Corpus, Documents, corpora_of, source_keys
-from moect.data.mixture import Mixture, Segment
-from moect.data.packing import JoinedRows
-from moect.data.shares import corpus_shares
-from moect.data.store import TokenStore, build_store, find_store
-from moect.data.summary import sample_rows, source_records
-from moect.data.workers import Workers
+from moect.data.batches.batch import MicroBatch, RowReader
+from moect.data.batches.best_fit import BestFitRows
+from moect.data.batches.corpus import Corpus, Documents, corpora_of, source_keys
+from moect.data.batches.mixture import Mixture, Segment
+from moect.data.batches.packing import JoinedRows
+from moect.data.batches.shares import corpus_shares
+from moect.data.batches.summary import sample_rows, source_records
+from moect.data.batches.workers import Workers
+from moect.data.tokens.store import TokenStore, build_store, find_store
 from moect.errors import CheckpointError, ConfigError, DataError
 
 log = logging.getLogger("moect.data")

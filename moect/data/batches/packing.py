@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moect.data.corpus import Documents
+from moect.data.batches.corpus import Documents
 
 NO_LABEL = -100  # what PyTorch's cross-entropy ignores
 PAD_TOKEN = 0  # any id will do: nothing attends to it and it has no label

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moect.data.runs_of_words import HashedWords, hash_words, is_unspaced
+from moect.data.inspection.runs_of_words import HashedWords, hash_words, is_unspaced
 
 WORDS, LETTERS = 13, 50  # of a run
 FEWEST_WORDS, FEWEST_LETTERS = 5, 15  # of a shorter text that is looked for inside others

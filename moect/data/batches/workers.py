@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.utils.data import DataLoader
 
-from moect.data.batch import MicroBatch, RowReader
+from moect.data.batches.batch import MicroBatch, RowReader
 from moect.errors import DataError
 from moect.processes import without_main
 

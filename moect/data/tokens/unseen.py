@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moect.data.store import TokenStore
+from moect.data.tokens.store import TokenStore
 from moect.data_config import DataConfig
 from moect.errors import ConfigError
 

@@ -27,15 +27,15 @@ from typing import TextIO
 import numpy as np
 
 from moect.config import RunConfig
-from moect.data.columns import Columns
-from moect.data.contamination import EvaluationIndex
-from moect.data.duplicates import first_alike, near_copies
-from moect.data.evaluation import EvaluationText, load_evaluation
-from moect.data.inspection_table import language_totals
-from moect.data.inspector import Batch, Inspector, Noted, inspect_batches
-from moect.data.language_id import SURE, labels_of
-from moect.data.progress import Progress
-from moect.data.sources import read_documents
+from moect.data.inspection.columns import Columns
+from moect.data.inspection.contamination import EvaluationIndex
+from moect.data.inspection.duplicates import first_alike, near_copies
+from moect.data.inspection.inspector import Batch, Inspector, Noted, inspect_batches
+from moect.data.inspection.language_id import SURE, labels_of
+from moect.data.inspection.table import language_totals
+from moect.data.reading.evaluation import EvaluationText, load_evaluation
+from moect.data.reading.progress import Progress
+from moect.data.reading.sources import read_documents
 from moect.data_config import DataConfig, source_key
 from moect.errors import DataError
 from moect.processes import available_cores

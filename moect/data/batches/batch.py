@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moect.data.best_fit import BestFitRows
-from moect.data.corpus import Corpus
-from moect.data.packing import JoinedRows
+from moect.data.batches.best_fit import BestFitRows
+from moect.data.batches.corpus import Corpus
+from moect.data.batches.packing import JoinedRows
 
 ROLES = {"old": 0, "new": 1}
 PADDING = -1

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from moect.config import RunConfig
-from moect.data.best_fit import BestFitRows
-from moect.data.corpus import Corpus, source_keys
-from moect.data.packing import JoinedRows
-from moect.data.store import TokenStore
+from moect.data.batches.best_fit import BestFitRows
+from moect.data.batches.corpus import Corpus, source_keys
+from moect.data.batches.packing import JoinedRows
+from moect.data.tokens.store import TokenStore
 
 SHOWN = 3  # documents of a sample
 SHOWN_CHARACTERS = 100  # of each

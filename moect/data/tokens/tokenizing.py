@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moect.data.files import Block
-from moect.data.records import RecordReader, Tally
-from moect.data.words import count_words
+from moect.data.reading.files import Block
+from moect.data.reading.records import RecordReader, Tally
+from moect.data.reading.words import count_words
 from moect.processes import map_in_order
 
 ALONE = 2  # blocks that are tokenized before other processes are started, which takes a second

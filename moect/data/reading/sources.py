@@ -6,9 +6,9 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from moect.data.files import Block, Place, file_blocks, resolve_files
-from moect.data.hub import dataset_blocks
-from moect.data.records import Document, RecordReader, Tally
+from moect.data.reading.files import Block, Place, file_blocks, resolve_files
+from moect.data.reading.hub import dataset_blocks
+from moect.data.reading.records import Document, RecordReader, Tally
 from moect.data_config import EvaluationConfig, SourceConfig, source_key
 from moect.errors import DataError
 

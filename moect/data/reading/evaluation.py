@@ -9,8 +9,8 @@ import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from moect.data.hub import identity
-from moect.data.sources import read_documents
+from moect.data.reading.hub import identity
+from moect.data.reading.sources import read_documents
 from moect.data_config import DataConfig, EvaluationConfig, Role, source_key
 from moect.errors import DataError
 

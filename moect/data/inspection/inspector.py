@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moect.data.contamination import EvaluationIndex, Matches
-from moect.data.duplicates import band_keys, shingles_of
-from moect.data.language_id import identify
-from moect.data.runs_of_words import hash_words, mix, normalised
+from moect.data.inspection.contamination import EvaluationIndex, Matches
+from moect.data.inspection.duplicates import band_keys, shingles_of
+from moect.data.inspection.language_id import identify
+from moect.data.inspection.runs_of_words import hash_words, mix, normalised
 from moect.processes import map_in_order
 
 KILLED = (

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from moect.data.files import Place, resolve_files
-from moect.data.fingerprint import source_fingerprint
-from moect.data.progress import Progress
-from moect.data.records import RecordReader, Tally
-from moect.data.sources import check_bad, read_blocks, tell_bad
-from moect.data.store_writer import StoreWriter
-from moect.data.tokenizing import BlockTokenizer, tokenize_blocks
+from moect.data.reading.files import Place, resolve_files
+from moect.data.reading.fingerprint import source_fingerprint
+from moect.data.reading.progress import Progress
+from moect.data.reading.records import RecordReader, Tally
+from moect.data.reading.sources import check_bad, read_blocks, tell_bad
+from moect.data.tokens.store_writer import StoreWriter
+from moect.data.tokens.tokenizing import BlockTokenizer, tokenize_blocks
 from moect.data_config import DataConfig, SourceConfig, source_key
 from moect.errors import DataError
 from moect.locks import locked

@@ -86,8 +86,8 @@ def _commonest(counts: dict[str, int]) -> str:
 
 
 def _notes(result: dict) -> list[str]:
-    from moect.data.contamination import LETTERS, WORDS
-    from moect.data.duplicates import NEAR
+    from moect.data.inspection.contamination import LETTERS, WORDS
+    from moect.data.inspection.duplicates import NEAR
 
     notes = [
         "exact copies: the text of an earlier document, white space apart; near copies: of the others, those of "

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moect.data.words import UNSPACED
+from moect.data.reading.words import UNSPACED
 
 BASE = np.uint64(0x9E3779B97F4A7C15)  # of the polynomial; odd, so that it has an inverse modulo 2^64
 INVERSE = np.uint64(pow(0x9E3779B97F4A7C15, -1, 1 << 64))

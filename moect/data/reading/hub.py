@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from moect.data.digests import digest
-from moect.data.files import BLOCK_ROWS, Block, Place
+from moect.data.reading.digests import digest
+from moect.data.reading.files import BLOCK_ROWS, Block, Place
 from moect.data_config import EvaluationConfig, SourceConfig, source_key
 from moect.errors import DataError
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moect.data.corpus import Documents
-from moect.data.packing import NO_LABEL, PAD_TOKEN, Row
+from moect.data.batches.corpus import Documents
+from moect.data.batches.packing import NO_LABEL, PAD_TOKEN, Row
 
 
 @dataclass(frozen=True)

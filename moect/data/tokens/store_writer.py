@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from moect.data.files import Place
-from moect.data.records import Tally
-from moect.data.tokenizing import TokenBlock
+from moect.data.reading.files import Place
+from moect.data.reading.records import Tally
+from moect.data.tokens.tokenizing import TokenBlock
 
 TOKENS, DOCUMENTS, IDS, JOURNAL = FILES = ("tokens.npy", "documents.bin", "ids.txt", "journal.jsonl")
 COMMIT_BLOCKS = 8  # blocks between two commits; what a killed process loses at most

@@ -14,10 +14,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from moect.config import ModelConfig, RunConfig
-from moect.data.extended_tokenizer import EXTENSION, extend_tokenizer, extension_of, head
-from moect.data.fingerprint import source_fingerprint
-from moect.data.fragmentation import fragmentation, fragmentation_table
-from moect.data.sources import read_documents
+from moect.data.reading.fingerprint import source_fingerprint
+from moect.data.reading.sources import read_documents
+from moect.data.vocabulary.extended_tokenizer import EXTENSION, extend_tokenizer, extension_of, head
+from moect.data.vocabulary.fragmentation import fragmentation, fragmentation_table
 from moect.errors import DataError
 
 log = logging.getLogger("moect.data")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moect.data.store import TokenStore
+from moect.data.tokens.store import TokenStore
 from moect.data_config import DataConfig, SourceConfig, source_key
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moect.data.runs_of_words import BASE, HashedWords, mix
+from moect.data.inspection.runs_of_words import BASE, HashedWords, mix
 
 log = logging.getLogger("moect.data")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import orjson
 
-from moect.data.files import Block
+from moect.data.reading.files import Block
 from moect.data_config import EvaluationConfig, FilterConfig, SourceConfig
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"

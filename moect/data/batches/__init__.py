@@ -1,0 +1,1 @@
+"""Tokens to micro-batches: corpora, packing, mixture, order."""

@@ -1,0 +1,1 @@
+"""What is wrong with text: duplicates, held-out text, other languages."""

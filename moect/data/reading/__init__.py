@@ -1,0 +1,1 @@
+"""Text: files and datasets, their documents, and what they are."""

@@ -1,0 +1,1 @@
+"""Text to tokens: stores, made once, and what they are like."""
