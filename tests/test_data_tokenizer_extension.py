@@ -10,12 +10,14 @@ import unicodedata
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tokenizer_bases import FORMS, NEW, OLD, ON_BYTES, SlowTokenizer, make_base, spec_of, write_text
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moect.config import ModelConfig, config_from_dict
+from moect.data.vocabulary import kept_pairs
 from moect.data.vocabulary.continued_bpe import continue_bpe
 from moect.data.vocabulary.extended_tokenizer import extend_tokenizer, extension_of
 from moect.data.vocabulary.fragmentation import fragmentation, fragmentation_table
@@ -29,7 +31,7 @@ from moect.data.vocabulary.tokenizer import (
 from moect.errors import DataError
 
 ADDED = ("<s>", "</s>", "<|end|>", "    ", "<think>")
-SHARED = Path(os.environ.get("MOECT_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+SHARED = Path(os.environ.get("MOECT_DATA", "nowhere"))
 
 
 def ids(tokenizer, text):
@@ -78,6 +80,44 @@ def test_new_tokens_only_join_the_old_tokens_of_a_text(extended, form):
         assert in_old_ids(after, text) == ids(base, text)
         joined += len(ids(base, text)) - len(ids(after, text))
     assert joined > 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_old_text_stays_cut_as_it_is_although_new_text_is_full_of_its_words(tmp_path, form):
+    base = make_base(form, write_text(OLD, 100))
+    # words of the old language, some with endings of their own, and letters that it has as well
+    mixed = [
+        f"{old} {new}{old}" for old, new in zip(write_text(OLD, 80, seed=2), write_text(NEW, 80, seed=3), strict=True)
+    ]
+    old = write_text(OLD, 100, seed=5)
+    new = {"new": mixed + write_text(NEW, 60, seed=1)}
+    extend_tokenizer(base, new, 150, tmp_path / "free")
+    extend_tokenizer(base, new, 150, tmp_path / "kept", {"old": old})
+    free, kept = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("free", "kept"))
+    assert any(ids(free, text) != ids(base, text) for text in old)
+    assert [ids(kept, text) for text in old] == [ids(base, text) for text in old]
+    fewer = sum(len(ids(base, text)) - len(ids(kept, text)) for text in write_text(NEW, 60, seed=9))
+    assert fewer > 0 and extension_of(kept).pieces
+
+
+def test_pairs_are_those_of_counting_in_plain_python(tmp_path, monkeypatch):
+    base = make_base(FORMS[0], write_text(OLD, 100))
+    texts = write_text(OLD, 40, seed=5)
+    encodings = base.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    seen = Counter()
+    for e in encodings:
+        seen.update((a, b) for a, b, v, w in zip(e.ids, e.ids[1:], e.word_ids, e.word_ids[1:], strict=False) if v == w)
+    monkeypatch.setattr(kept_pairs, "AT_ONCE", 50)  # counted many times
+    for share in (0.0, 0.005):
+        monkeypatch.setattr(kept_pairs, "SHARE", share)
+        kept = kept_pairs.KeptPairs(len(base))
+        kept.add(encodings)
+        kept.finish()
+        frequent = {pair for pair, n in seen.items() if n > share * sum(len(e.ids) for e in encodings)}
+        assert frequent and (share == 0 or len(frequent) < len(seen))
+        for a, b in itertools.product(range(len(base)), repeat=2):
+            if (a + b) % 7 == 0 or (a, b) in seen:
+                assert kept.between(np.array([a, b])).tolist() == [(a, b) in frequent]
 
 
 @pytest.mark.parametrize("form", FORMS)

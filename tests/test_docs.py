@@ -17,7 +17,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from moect.cli import _parser
-from moect.config import RunConfig, config_to_yaml, load_config
+from moect.config import RunConfig, config_from_dict, config_to_yaml, load_config, unused_keys
 from moect.config_reference import COMMAND, PAGE, keys, reference
 from moect.data_config import FilterConfig
 from moect.stages import load_stages
@@ -151,6 +151,12 @@ def test_every_key_of_a_written_out_configuration_has_a_line_with_its_help():
         wanted |= {f"data.{name}[].filter.FIELD.{f.name}" for f in dataclasses.fields(FilterConfig)}
     assert {key for key, _ in lines} == wanted and len(lines) == len(wanted) > 60
     assert dict(lines)["loss.z"] == "weight of the router z-loss"
+
+
+def test_the_worked_example_of_the_data_page_is_a_configuration():
+    (block,) = re.findall(r"(?ms)^```yaml\n(name: .*?)^```", (ROOT / "docs" / "data.md").read_text(encoding="utf-8"))
+    config = config_from_dict(yaml.safe_load(block))
+    assert config.data.packing == "best-fit" and len(config.data.train) == 7 and not unused_keys(config)
 
 
 def test_types_and_defaults_are_written_as_yaml():

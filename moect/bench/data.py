@@ -28,7 +28,7 @@ from moect.errors import ConfigError
 from moect.processes import available_cores
 from moect.tables import aligned
 
-LIBRARY, STORE = "tokenizers alone", "moect prepare"
+LIBRARY, STORE = "tokenizers alone", "prepare (moect)"
 IN_MEMORY = 64  # megabytes of text that the library is timed on at most
 BATCH = 1000  # documents that it takes at once
 POLL = 0.05  # seconds between two looks at the memory

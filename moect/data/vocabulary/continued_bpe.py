@@ -4,7 +4,7 @@ Text is first cut as the tokenizer cuts it today; merges of neighbours inside a 
 (Sennrich et al., arXiv 1508.07909). They rank after every old merge, so each old merge still comes first, and text to
 which no new one applies is cut as before (Purason et al., "Teaching Old Tokenizers New Words", arXiv 2512.03989).
 Tokens that are merely added to a tokenizer would instead be looked for in all text before anything else, old
-languages' included.
+languages' included. Neighbours that old text has are never joined (`kept_pairs.py`).
 
 The counting is done by the library's own trainer, in Rust. It merges characters, so it is shown a text in which every
 old token is one character.
@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from moect.data.vocabulary.kept_pairs import KeptPairs
 from moect.errors import DataError
 
 log = logging.getLogger("moect.data")
@@ -71,7 +72,7 @@ def check_bpe(spec: dict, name: str) -> None:
         raise DataError(f"tokenizer {name}: is a BPE that marks parts of words; {remedy}")
 
 
-def continue_bpe(spec: dict, texts: dict[str, list[str]], new_tokens: int) -> NewTokens:
+def continue_bpe(spec: dict, texts: dict[str, list[str]], new_tokens: int, old_texts: list[str] = ()) -> NewTokens:
     """Learn at most `new_tokens` tokens that join the old ones.
 
     Every language weighs as many bytes as the one with most text, but none is counted more than ten times over. Words
@@ -83,16 +84,18 @@ def continue_bpe(spec: dict, texts: dict[str, list[str]], new_tokens: int) -> Ne
         spec: a tokenizer that `check_bpe` accepts, as in its tokenizer.json.
         texts: by language.
         new_tokens: how many; there are fewer when no pair is left that occurs twice.
+        old_texts: text that is to stay cut as it is, but for what is rarer in it than one in ten million tokens.
     """
     found = NewTokens()
     first_id = next_id(spec)
     weights = _weights(texts)
     if spec["model"].get("byte_fallback"):
-        found.pieces = _missing_characters(spec, texts, weights, new_tokens // 2)
+        found.pieces = _missing_characters(spec, texts, weights, new_tokens // 2, old_texts)
         spec = extended_spec(spec, found)
+    kept = _kept_pairs(spec, old_texts)
     learn, surplus = new_tokens - len(found.pieces), new_tokens // 8 + 64  # some merges cannot be used
     while True:
-        merges = _learn_merges(spec, texts, weights, learn + surplus)
+        merges = _learn_merges(spec, texts, weights, learn + surplus, kept)
         result = _name_merges(spec, merges, found, first_id, new_tokens)
         if len(result.pieces) == new_tokens or len(merges) < learn + surplus:
             return result
@@ -133,14 +136,28 @@ def _weights(texts: dict[str, list[str]]) -> dict[str, float]:
     return {language: min(weight, GREATEST_WEIGHT) for language, weight in wished.items()}
 
 
+def _kept_pairs(spec: dict, old_texts: list[str]) -> KeptPairs:
+    from tokenizers import Tokenizer
+
+    kept = KeptPairs(next_id(spec))
+    backend = Tokenizer.from_str(json.dumps(spec))
+    backend.no_truncation()
+    backend.no_padding()
+    for start in range(0, len(old_texts), DOCUMENTS_AT_ONCE):
+        kept.add(backend.encode_batch(old_texts[start : start + DOCUMENTS_AT_ONCE], add_special_tokens=False))
+    kept.finish()
+    return kept
+
+
 def _missing_characters(
-    spec: dict, texts: dict[str, list[str]], weights: dict[str, float], most: int
+    spec: dict, texts: dict[str, list[str]], weights: dict[str, float], most: int, old_texts: list[str]
 ) -> dict[str, list[int]]:
-    """Characters that only bytes can write, and which; the frequent ones, most frequent first."""
+    """Characters that only bytes can write, and which; the frequent ones, most frequent first; none of old text."""
     from tokenizers import Tokenizer
 
     normalizer = Tokenizer.from_str(json.dumps(spec)).normalizer
     vocab = spec["model"]["vocab"]
+    of_old = set().union(*(normalizer.normalize_str(text) if normalizer else text for text in old_texts))
     counts = Counter()
     for language, own in texts.items():
         known = Counter()
@@ -150,7 +167,7 @@ def _missing_characters(
     missing = [
         (character, n)
         for character, n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-        if character not in vocab and unicodedata.category(character)[0] in "LMNPS"
+        if character not in vocab and character not in of_old and unicodedata.category(character)[0] in "LMNPS"
     ]
     wanted, covered, chosen = COVERAGE * sum(n for _, n in missing), 0.0, []
     for character, n in missing[:most]:
@@ -162,7 +179,7 @@ def _missing_characters(
 
 
 def _learn_merges(
-    spec: dict, texts: dict[str, list[str]], weights: dict[str, float], most: int
+    spec: dict, texts: dict[str, list[str]], weights: dict[str, float], most: int, kept: KeptPairs
 ) -> list[tuple[str, str]]:
     """Pairs in the order learned, each side as the characters that stand for its old tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -177,12 +194,13 @@ def _learn_merges(
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    shadow.train_from_iterator(_shadows(spec, texts, weights), trainer)
+    shadow.train_from_iterator(_shadows(spec, texts, weights, kept), trainer)
     return [tuple(pair) for pair in json.loads(shadow.to_str())["model"]["merges"]]
 
 
-def _shadows(spec: dict, texts: dict[str, list[str]], weights: dict[str, float]) -> Iterator[str]:
-    """Every document as one character a token and a break between words, as often as its language's weight says."""
+def _shadows(spec: dict, texts: dict[str, list[str]], weights: dict[str, float], kept: KeptPairs) -> Iterator[str]:
+    """Every document as one character a token, with a break between words and between neighbours that must not be
+    joined, as often as its language's weight says."""
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_str(json.dumps(spec))
@@ -195,12 +213,12 @@ def _shadows(spec: dict, texts: dict[str, list[str]], weights: dict[str, float])
             for encoding in backend.encode_batch(own[start : start + DOCUMENTS_AT_ONCE], add_special_tokens=False):
                 times = math.floor(weight * (number + 1)) - math.floor(weight * number)
                 number += 1
-                yield times * (_shadow(encoding, borders) + chr(BREAK))
+                yield times * (_shadow(encoding, borders, kept) + chr(BREAK))
 
 
-def _shadow(encoding, borders: _Borders | None) -> str:
+def _shadow(encoding, borders: _Borders | None, kept: KeptPairs) -> str:
     ids, words = np.array(encoding.ids, dtype=np.int64), np.array(encoding.word_ids, dtype=np.int64)
-    cuts, codes = words[1:] != words[:-1], _codes(ids)
+    cuts, codes = (words[1:] != words[:-1]) | kept.between(ids), _codes(ids)
     if borders is not None:
         cuts |= borders.between(ids)
         codes[borders.is_byte[ids]] = BREAK

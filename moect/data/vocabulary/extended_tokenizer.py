@@ -38,17 +38,22 @@ def extension_of(tokenizer) -> Extension | None:
 
 
 def extend_tokenizer(
-    tokenizer, texts_by_language: dict[str, Iterable[str]], new_tokens: int, folder: Path
+    tokenizer,
+    texts_by_language: dict[str, Iterable[str]],
+    new_tokens: int,
+    folder: Path,
+    old_texts_by_language: dict[str, Iterable[str]] | None = None,
 ) -> Extension:
     """Write a tokenizer with at most `new_tokens` tokens more, learned as `continue_bpe` does.
 
     Ids of old tokens stay. The new ones begin after the last. Text is taken from the beginning of each language's, at
-    most 50 MB a language and 200 MB in all.
+    most 50 MB a language, and 200 MB of all that are to be learned, and of all that are to stay.
 
     Args:
         tokenizer: a fast tokenizer of transformers with a BPE model.
         texts_by_language: text of the languages to learn, none of them empty.
         new_tokens: how many; fewer when the text holds no more pairs that occur twice, which is logged.
+        old_texts_by_language: text that is to stay cut as it is.
         folder: is made; transformers can load it, and `tokenizers` its tokenizer.json.
 
     Raises:
@@ -57,12 +62,11 @@ def extend_tokenizer(
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     name = tokenizer.name_or_path or type(tokenizer).__name__
     check_bpe(spec, name)
-    budget = min(MOST_BYTES_A_LANGUAGE, MOST_BYTES // len(texts_by_language))
-    texts = {language: list(head(own, budget)) for language, own in texts_by_language.items()}
-    for language, own in texts.items():
-        if sum(len(text.encode("utf-8")) for text in own) >= budget:
-            log.info("tokenizer: learning from the first %d MB of %s", budget // 1_000_000, language)
-    new = continue_bpe(spec, texts, new_tokens)
+    texts = _beginnings(texts_by_language)
+    old_texts = [text for own in _beginnings(old_texts_by_language or {}).values() for text in own]
+    if not old_texts:
+        log.warning("tokenizer: no text of old languages to learn from what must stay as it is; give some to replay")
+    new = continue_bpe(spec, texts, new_tokens, old_texts)
     if not new.pieces:
         raise DataError(
             f"tokenizer {name}: nothing to add, in the text of {', '.join(texts)} no pair of tokens "
@@ -76,6 +80,16 @@ def extend_tokenizer(
     _write(tokenizer, extended_spec(spec, new), folder)
     (folder / EXTENSION).write_text(json.dumps(asdict(extension)), encoding="utf-8")
     return extension
+
+
+def _beginnings(texts_by_language: dict[str, Iterable[str]]) -> dict[str, list[str]]:
+    """As much of each language's text as fits into memory."""
+    budget = min(MOST_BYTES_A_LANGUAGE, MOST_BYTES // max(len(texts_by_language), 1))
+    texts = {language: list(head(own, budget)) for language, own in texts_by_language.items()}
+    for language, own in texts.items():
+        if sum(len(text.encode("utf-8")) for text in own) >= budget:
+            log.info("tokenizer: learning from the first %d MB of %s", budget // 1_000_000, language)
+    return texts
 
 
 def head(texts: Iterable[str], n_bytes: int) -> Iterator[str]:

@@ -18,6 +18,7 @@ from moect.data.reading.fingerprint import source_fingerprint
 from moect.data.reading.sources import read_documents
 from moect.data.vocabulary.extended_tokenizer import EXTENSION, extend_tokenizer, extension_of, head
 from moect.data.vocabulary.fragmentation import fragmentation, fragmentation_table
+from moect.data_config import Role
 from moect.errors import DataError
 
 log = logging.getLogger("moect.data")
@@ -26,7 +27,7 @@ BYTES = 256
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 ORIGIN = "trained_on.json"
 KEPT = "tokenizer"  # in a run's folder: the extended tokenizer
-EXTENSION_VERSION = 1  # of what `extend_tokenizer` learns from a text
+EXTENSION_VERSION = 2  # of what `extend_tokenizer` learns from a text
 SAMPLE_BYTES = 1_000_000  # of each language, to compare tokenizers on
 # what pre-tokenizers treat differently
 PROBE = " It's 2026, naïve: 1,234.5  e\u0301 don't\r\n\n\tλόγος 中文 தமிழ் __init__(x)   \n"
@@ -101,11 +102,11 @@ def _extension_folder(config: RunConfig, tokenizer, online: bool = True) -> Path
     None: a dataset's commit is not known, and `online` does not allow to ask.
     """
     cache = Path(config.output) / ".cache"
-    new = _new_sources(config)
-    parts = [source_fingerprint(source, config.data, tokenizer, cache, online) for source in new]
+    sources = config.data.train
+    parts = [source_fingerprint(source, config.data, tokenizer, cache, online) for source in sources]
     if None in parts:
         return None
-    languages = [source.lang for source in new]
+    languages = [(source.lang, config.data.languages[source.lang]) for source in sources]
     whole = json.dumps([EXTENSION_VERSION, config.model.extend_tokenizer, languages, parts])
     return cache / "tokenizers" / hashlib.sha256(whole.encode("utf-8")).hexdigest()
 
@@ -114,7 +115,7 @@ def _extend_once(config: RunConfig, tokenizer, folder: Path) -> None:
     """Make the extended tokenizer, with a count of what it changes; written beside its place and renamed."""
     if folder.exists():
         return
-    texts = _new_texts(config)
+    texts, old_texts = _texts(config, "new"), _texts(config, "old")
     log.info(
         "%s: adding %d tokens to the tokenizer, learned from %s",
         folder,
@@ -123,7 +124,7 @@ def _extend_once(config: RunConfig, tokenizer, folder: Path) -> None:
     )
     try:
         with _beside(folder) as temporary:
-            extend_tokenizer(tokenizer, texts, config.model.extend_tokenizer, temporary)
+            extend_tokenizer(tokenizer, texts, config.model.extend_tokenizer, temporary, old_texts)
             counts = fragmentation(tokenizer, _load_extended(config, temporary), _samples(config))
             (temporary / "fragmentation.json").write_text(json.dumps(counts, indent=1), encoding="utf-8")
             _rename(temporary, folder)
@@ -132,15 +133,12 @@ def _extend_once(config: RunConfig, tokenizer, folder: Path) -> None:
     log.info("the tokenizer before and after:\n%s", fragmentation_table(counts))
 
 
-def _new_sources(config: RunConfig) -> list:
-    return [source for source in config.data.train if config.data.languages[source.lang] == "new"]
-
-
-def _new_texts(config: RunConfig) -> dict[str, Iterator[str]]:
-    """Text of the new languages in `data.train`; the sources of a language take turns."""
+def _texts(config: RunConfig, role: Role) -> dict[str, Iterator[str]]:
+    """Text of the languages of a role in `data.train`; the sources of a language take turns."""
     by_language = {}
-    for source in _new_sources(config):
-        by_language.setdefault(source.lang, []).append(_read(config, source))
+    for source in config.data.train:
+        if config.data.languages[source.lang] == role:
+            by_language.setdefault(source.lang, []).append(_read(config, source))
     return {language: take_turns(own) for language, own in by_language.items()}
 
 
