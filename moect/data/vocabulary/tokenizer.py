@@ -151,8 +151,11 @@ def _samples(config: RunConfig) -> dict[str, Iterator[str]]:
 
 
 def _read(config: RunConfig, source) -> Iterator[str]:
+    """The texts of a source; a prompt with its answer."""
     cache = Path(config.output) / ".cache"
-    return (d.text for d in read_documents(source, config.data.root, config.data.max_bad_fraction, cache))
+    answer = getattr(source, "answer_field", None)
+    for document in read_documents(source, config.data.root, config.data.max_bad_fraction, cache):
+        yield document.text + (document.fields[answer] if answer else "")
 
 
 def take_turns(texts: list[Iterable[str]]) -> Iterator[str]:
