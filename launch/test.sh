@@ -11,4 +11,4 @@ nvidia-smi -L >/dev/null 2>&1 || export DS_ACCELERATOR=cpu
 
 ruff check .
 ruff format --check .
-exec python -m pytest -m "not slow" "$@"
+exec python -m pytest -m "not slow" -n 2 "$@"

@@ -93,7 +93,7 @@ def run_stages(stages: list[RunConfig]) -> None:
         later = stages[number + 1 :]
         if distributed.on_main(partial(_skips, config, later)):
             if distributed.is_main():
-                print(f"{config.folder}: finished before", flush=True)
+                print(f"{config.folder}: finished before{_changed_since(config)}", flush=True)
         else:
             train(config)
             gc.collect()  # the engine's cycles hold the model of this stage
@@ -124,18 +124,16 @@ def plan_stages(stages: list[RunConfig], ranks: int, gpu: str | None = None, mfu
     for config in stages:
         check_division(config.train.batch_size, config.train.micro_batch, ranks)
         planned = as_planned(config, stages)
-        model_config = planned.model
-        which = (model_config.tokenizer or model_config.base, model_config.extend_tokenizer)
-        if which[1]:
-            which += (repr(planned.data.train),)
+        teacher = as_planned(_teacher(config, stages), stages)
+        which = repr([teacher.model, teacher.data.train if teacher.model.extend_tokenizer else None])
         if which not in tokenizers:
-            tokenizers[which] = _tokenizer(planned)
+            tokenizers[which] = _tokenizer(teacher)
         cache = Path(config.output) / ".cache"
         data = planned_data(planned, tokenizers[which], cache)
         known = planned_rows(planned, tokenizers[which], cache)
         model = build_model(planned, meta=True, **known)
         plan = make_plan(planned, model, data.records, ranks, gpu, mfu, data.samples)
-        if plan["embeddings"] and len(known) < bool(which[1]) + (model_config.train_embeddings == "unseen"):
+        if plan["embeddings"] and len(known) < _unknowns(planned):
             plan["embeddings"]["at_most"] = True
         if planned is not config:
             plan["base"] = f"{config.model.base} (to come)"
@@ -167,8 +165,9 @@ def prepare_stages(
 
     _check_files(stages)
     for config in stages:
-        planned = as_planned(config, stages)
-        if planned is not config:  # the base is still to be made, but the stage that makes it has its tokenizer
+        teacher = _teacher(config, stages)
+        planned = as_planned(teacher, stages)
+        if planned is not teacher:  # the base is still to be made, but the stage that makes it has its tokenizer
             planned = dataclasses.replace(planned, model=dataclasses.replace(planned.model, train_tokenizer=None))
         tokenizer = run_tokenizer(planned)
         folder = Path(config.output) / f"{config.name}-data"
@@ -198,6 +197,17 @@ def is_finished(config: RunConfig) -> bool:
     return True
 
 
+def _changed_since(config: RunConfig) -> str:
+    """What is different from when a finished run was made, and came too late; for its line on the screen."""
+    from moect.model.build import base_fingerprint
+    from moect.train.checkpoint import list_checkpoints, read_info
+    from moect.train.resume import check_same_run
+
+    info = read_info(list_checkpoints(config.folder / "checkpoints")[0])
+    changed = check_same_run(info, config, base_fingerprint(config.model, config.seed), str(config.folder))
+    return "".join(f"\n  not used: {line}" for line in changed)
+
+
 def as_planned(config: RunConfig, stages: list[RunConfig]) -> RunConfig:
     """The run as it can be planned today: while the stage that makes its base is to come, with that stage's shape."""
     for earlier in stages:
@@ -208,6 +218,19 @@ def as_planned(config: RunConfig, stages: list[RunConfig]) -> RunConfig:
             values["tokenizer"] = config.model.tokenizer or values["tokenizer"]
             return dataclasses.replace(config, model=dataclasses.replace(config.model, **values))
     return config
+
+
+def _teacher(config: RunConfig, stages: list[RunConfig]) -> RunConfig:
+    """The run whose extended tokenizer this one has: a run that goes on from another has that one's."""
+    for earlier in stages:
+        if config.model.extend_tokenizer and config.model.start == str(earlier.folder):
+            return _teacher(earlier, stages)
+    return config
+
+
+def _unknowns(config: RunConfig) -> int:
+    """What there is to know about rows and added tokens of a run."""
+    return bool(config.model.extend_tokenizer) + (config.model.train_embeddings == "unseen")
 
 
 def _skips(config: RunConfig, later: list[RunConfig]) -> bool:

@@ -173,6 +173,20 @@ def test_a_worker_that_is_killed_is_one_line_and_not_a_hang(folder):
     assert multiprocessing.active_children() == []
 
 
+def test_a_worker_that_is_killed_interrupts_nothing_that_the_rank_is_doing(folder):
+    data = loader(folder, workers=1)
+    try:
+        data.next_step()
+        (child,) = multiprocessing.active_children()
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()  # its end has been told to this process: nothing is raised here
+        with pytest.raises(DataError, match="a process of `data.workers` ended by itself"):
+            for _ in range(20):
+                data.next_step()
+    finally:
+        data.close()
+
+
 @pytest.mark.parametrize(
     ("options", "digest"),
     [({}, "808f169b960d7b41"), ({"replay": 0.3}, "da9a2925e534c20e"), ({"temperature": 2.0}, "56f180b0de7e24dc")],

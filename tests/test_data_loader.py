@@ -259,7 +259,7 @@ def test_a_source_more_or_less_of_a_language_is_refused_and_so_is_another_weight
         data.load_state_dict(alone.state_dict())
     parted = loader(folder, sources=[both[0], {**both[1], "weight": 2}])
     for one, other in ((parted, data), (data, parted)):
-        with pytest.raises(CheckpointError, match="was not one corpus, as it is now.*unless they have a `weight`"):
+        with pytest.raises(CheckpointError, match="was not the same corpus; .* unless they have a `weight`"):
             one.load_state_dict(other.state_dict())
 
 

@@ -150,3 +150,15 @@ def test_after_a_change_the_new_shares_are_exact_within_one_row_and_the_past_is_
     assert [(s.row, s.drawn) for s in mixture.segments] == [(0, (0, 0)), (1000, (900, 100))]
     again = Mixture(mixture.weights, mixture.drawn, mixture.segments)
     assert [again.next() for _ in range(50)] == [mixture.next() for _ in range(50)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_crowded_corpora_come_to_the_same_multiple_of_their_limits_whatever_was_read_before(seed):
+    draw = np.random.default_rng(seed)
+    limits, read = draw.uniform(0.1, 2, 6), draw.uniform(0, 3, 6) * draw.integers(0, 2, 6)
+    limits *= 0.5 / np.maximum(0, limits - read).sum() if np.maximum(0, limits - read).sum() > 0.5 else 1
+    got, crowded = limit_shares(np.full(6, 1 / 6), limits, ["any"] * 6, read)
+    assert crowded == ["any"] and got.sum() == pytest.approx(1) and (got >= 0).all()
+    level = ((read + got) / limits)[got > 0]
+    assert level == pytest.approx(np.full(len(level), level[0]))
+    assert (read[got == 0] / limits[got == 0] >= level[0] - 1e-9).all()

@@ -181,6 +181,36 @@ def test_open_gate_gives_the_rows_and_a_soft_one_their_share():
         assert 3 < n_open < len(got_TV) - 3
 
 
+@pytest.mark.parametrize("value", [-3.0, 0.4])
+@pytest.mark.parametrize("training", [False, True])
+def test_an_added_token_is_as_likely_in_a_spare_row_of_the_base_as_beyond_it(value, training):
+    """However unlikely the base makes its unused rows: two twins whose pieces are the same, one on each side."""
+    model = with_rows(ids=[5], first_id=V - 1, pieces=[[3, 4], [3, 4]], gate=True, disturbed=False)
+    with torch.no_grad():
+        model.lm_head.weight[V - 1] = -3 * model.lm_head.weight[3]  # as a base learns of what never comes
+    rows = rows_of(model)[-1]
+    rows.start_from_pieces(model.lm_head.weight, V - 1, [[3, 4], [3, 4]])
+    set_gate(model, value)
+    model.train(training)
+    got = logits(model, tokens())
+    torch.testing.assert_close(got[..., V - 1], got[..., V], rtol=0, atol=1e-5)
+    before = base(False)
+    with torch.no_grad():
+        before.lm_head.weight[V - 1] = model.lm_head.weight[V - 1]
+    if value < 0 and not training:
+        assert torch.equal(got[..., : V - 1], logits(before, tokens())[..., : V - 1])
+
+
+def test_an_exported_model_with_rows_keeps_its_size(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(exported(with_rows(first_id=V - 1, gate=True), tmp_path / "export"))
+    ids = ids_with_added(model)
+    before = logits(model, ids)
+    model.resize_token_embeddings(model.config.vocab_size)
+    assert torch.equal(logits(model, ids), before)
+    with pytest.raises(ValueError, match="cannot be resized"):
+        model.resize_token_embeddings(V + 40)
+
+
 def test_tokens_before_the_first_open_one_keep_the_base_s_bits():
     model = with_rows(gate=True, pieces=[])
     ids, record = tokens(8, 30), ForwardRecord()

@@ -13,7 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moect.config import load_config
 from moect.data.vocabulary.extended_tokenizer import extension_of
-from moect.data.vocabulary.tokenizer import kept_tokenizer, load_tokenizer
+from moect.data.vocabulary.tokenizer import (
+    find_tokenizer,
+    keep_tokenizer,
+    kept_tokenizer,
+    load_tokenizer,
+    run_tokenizer,
+)
 from moect.errors import CheckpointError, ConfigError
 from moect.export.merged import export_run, trained_model
 from moect.train.checkpoint import read_info, save_checkpoint
@@ -50,7 +56,7 @@ def test_only_rows_of_unseen_tokens_move_resume_is_exact_and_the_export_holds_th
     out = capsys.readouterr().out
     chosen = counted_by_hand(place)
     assert 5 < len(chosen) < VOCABULARY / 2
-    assert f"embeddings: {len(chosen)} of {VOCABULARY} tokens have rows of their own (0 beyond the base's)" in out
+    assert f"{len(chosen)} of {VOCABULARY} tokens have rows of their own, which train" in out
     assert events(whole)[0]["plan"]["embeddings"]["rows"] == len(chosen)
     kept = tensors(whole, 6, "module")
     for name in (EMBEDDING, HEAD):
@@ -131,6 +137,51 @@ def test_a_run_goes_on_with_the_rows_of_the_run_it_starts_from(place):
     other = {"train": [values[0], {**values[1], "limit": 3}]}  # too little text to choose the same tokens from
     second = train(place.config("second", model={"train_embeddings": "unseen", "start": str(first)}, data=other))
     assert torch.equal(tensors(first, 3, "module")[f"{HEAD}.ids"], tensors(second, 6, "module")[f"{HEAD}.ids"])
+
+
+def test_a_run_that_starts_from_another_gets_rows_for_what_only_its_own_text_has(place):
+    values = place.values()["data"]["train"]
+    little = {"train": [values[0], {**values[1], "limit": 3}]}
+    first = train(place.config("first", **UNSEEN, train={"steps": 3}, data=little))
+    model = {"train_embeddings": "unseen", "start": str(first)}
+    second = train(place.config("second", model=model, train={"stop_after": 3}))
+    of_first, of_second = tensors(first, 3, "module"), tensors(second, 3, "module")
+    had, has = of_first[f"{HEAD}.ids"].tolist(), of_second[f"{HEAD}.ids"].tolist()
+    assert set(had) < set(has) and has == counted_by_hand(place)
+    began = train(place.config("began", model=model, train={"lr": 1e-30, "eps": 1.0, "steps": 3}))
+    rows = tensors(began, 3, "module")[f"{EMBEDDING}.delta"]
+    expected = torch.zeros_like(rows)
+    expected[[has.index(token) for token in had]] = of_first[f"{EMBEDDING}.delta"]
+    torch.testing.assert_close(rows, expected, rtol=0, atol=1e-12)
+    moved = (of_second[f"{EMBEDDING}.delta"] - expected).abs().amax(1)
+    assert (moved > 1e-4).all(), "the new ones too"
+
+
+def test_what_goes_on_from_a_checkpoint_has_its_tokenizer_and_a_failed_attempt_s_is_not_kept(place):
+    values = place.values()["data"]["train"]
+    model = {"extend_tokenizer": 5, "train_embeddings": "unseen"}
+    little = {"train": [values[0], {**values[1], "limit": 60}]}
+    first = place.config("first", model=model, train={"steps": 3}, resume="auto")
+    keep_tokenizer(run_tokenizer(place.config("first", model=model, data=little)), first.folder)  # and then it died
+    run = train(first)
+    learned = extension_of(run_tokenizer(place.config("any", model=model)))
+    assert extension_of(kept_tokenizer(first, run)) == learned
+    assert export_run(run).is_dir()
+    (run / "tokenizer").rename(run / "moved")
+    keep_tokenizer(run_tokenizer(place.config("first", model=model, data=little)), run)
+    with pytest.raises(CheckpointError, match="made with other tokens added"):
+        export_run(run, output=place.output / "wrong")
+    shutil.rmtree(run / "tokenizer")
+    (run / "moved").rename(run / "tokenizer")
+
+    begun = {**model, "start": str(run)}
+    second = place.config("second", model=begun, data=little, train={"stop_after": 3})
+    assert extension_of(run_tokenizer(second)) == learned
+    train(second)
+    shutil.move(run, place.output / "elsewhere")
+    again = place.config("second", model={**model, "start": None}, data=little, resume="auto")
+    assert extension_of(find_tokenizer(again)) == learned
+    assert len(losses(train(again))) == 6
 
 
 def test_rows_of_other_added_tokens_are_refused_and_a_plan_knows_what_is_in_the_cache(place):

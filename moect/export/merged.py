@@ -30,7 +30,7 @@ from moect.model.embeddings import rows_of
 from moect.monitor.rows import read_rows
 from moect.train.checkpoint import find_checkpoint, load_module, read_info
 from moect.train.resume import check_same_run
-from moect.train.token_rows import kept_rows
+from moect.train.token_rows import check_extension, kept_rows
 
 log = logging.getLogger("moect.export")
 SHARD_SIZE = "5GB"
@@ -66,6 +66,7 @@ def export_run(
     _check_base(config, info, path)
     dtype = dtype or config.export.dtype
     tokenizer = kept_tokenizer(config, run_folder)
+    check_extension(info, extension_of(tokenizer), str(path))
     model = trained_model(config, path, config.train.precision if dtype == "auto" else dtype, extension_of(tokenizer))
     measured = [row for row in read_rows(run_folder / "monitor") if row["step"] == info["step"]]
     card = make_card(config, info, measured)
@@ -159,7 +160,7 @@ def _empty_twin(model: nn.Module) -> nn.Module:
     moe = replace(model.moe_config, dispatch="auto")  # no part of the model: what trained here need not be there
     base_config, rows = copy.deepcopy(model.config.get_text_config()), rows_of(model)
     base_config.vocab_size = model.model.embed_tokens.num_embeddings
-    of_rows = {"rows": len(rows[0].ids), "added_tokens": rows[0].added} if rows else {}
+    of_rows = {"rows": len(rows[0].ids), "added_tokens": rows[0].added, "spare_tokens": rows[0].spare} if rows else {}
     config = MoectConfig(base_config=base_config, moe=asdict(moe), dtype=model.dtype, **of_rows)
     with torch.device("meta"):
         twin = MoectForCausalLM._from_config(config)

@@ -24,6 +24,7 @@ class MoectConfig(PretrainedConfig):
         moe: values of `MoeConfig`; missing ones take its defaults.
         rows: U, tokens that have rows of their own in embedding and head.
         added_tokens: A, how many of these follow the base's vocabulary.
+        spare_tokens: how many before these A were added too, to rows that the base's tokenizer left unused.
 
     Raises:
         ValueError: `moe` describes no module.
@@ -38,6 +39,7 @@ class MoectConfig(PretrainedConfig):
         moe: dict | None = None,
         rows: int = 0,
         added_tokens: int = 0,
+        spare_tokens: int = 0,
         **kwargs,
     ):
         values = base_config.to_dict() if isinstance(base_config, PretrainedConfig) else copy.deepcopy(base_config)
@@ -45,7 +47,7 @@ class MoectConfig(PretrainedConfig):
         values.pop("_name_or_path", None)
         self.base_config = AutoConfig.for_model(**values)
         self.moe = asdict(MoeConfig(**(moe or {})))
-        self.rows, self.added_tokens = rows, added_tokens
+        self.rows, self.added_tokens, self.spare_tokens = rows, added_tokens, spare_tokens
         if self._auto_class is None:
             kwargs.pop("auto_map", None)  # saved again, no modelling file will lie beside it
         super().__init__(**kwargs)

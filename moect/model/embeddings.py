@@ -45,12 +45,13 @@ class TokenRows(nn.Module):
         width: D.
         base_rows: V, rows of the base's matrix.
         added: A, the last of the tokens, which have no row there.
+        spare: how many before these were added too, to rows of the base's matrix that its tokenizer left unused.
         config: of the appended module; its gate threshold counts here too.
     """
 
-    def __init__(self, count: int, width: int, base_rows: int, added: int, config: MoeConfig):
+    def __init__(self, count: int, width: int, base_rows: int, added: int, spare: int, config: MoeConfig):
         super().__init__()
-        self.base_rows, self.added, self.config = base_rows, added, config
+        self.base_rows, self.added, self.spare, self.config = base_rows, added, spare, config
         self.enabled = True
         self.delta = nn.Parameter(torch.empty(count, width))
         self.register_buffer("ids", torch.empty(count, dtype=torch.int64))
@@ -111,27 +112,30 @@ class TokenRows(nn.Module):
 
     def _logits(self, base_NV: Tensor, hidden_ND: Tensor, gate_logit_N: Tensor | None) -> Tensor:
         linear, inside = nn.functional.linear, len(self.ids) - self.added
+        own = inside - self.spare  # tokens of the base's tokenizer
         soft = gate_logit_N is not None and self.training
         hard = gate_logit_N is not None and not self.training
         open_N = gate_logit_N.sigmoid() > self.config.gate_threshold if hard else None
         if soft:
             q_N1 = gate_logit_N.sigmoid()[:, None].to(base_NV.dtype)
-            logits = self._add(base_NV, q_N1 * linear(hidden_ND, self.delta[:inside]))
+            logits = self._add(base_NV, q_N1 * linear(hidden_ND, self.delta[:own]))
         elif hard:
             token = open_N.nonzero()[:, 0]
-            changed = self._add(base_NV[token], linear(hidden_ND[token], self.delta[:inside]))
+            changed = self._add(base_NV[token], linear(hidden_ND[token], self.delta[:own]))
             logits = base_NV.index_copy(0, token, changed)  # a closed token keeps the base's bits
         else:
-            logits = self._add(base_NV, linear(hidden_ND, self.delta[:inside]))
-        if not self.added:
+            logits = self._add(base_NV, linear(hidden_ND, self.delta[:own]))
+        if own == len(self.ids):
             return logits
-        beyond_NA = linear(hidden_ND, self.delta[inside:])
+        added_NA = linear(hidden_ND, self.delta[own:])
         if gate_logit_N is not None:
             share_N = nn.functional.logsigmoid(gate_logit_N)
             if hard:
                 share_N = share_N.masked_fill(open_N, 0)
-            beyond_NA = beyond_NA + share_N[:, None].to(beyond_NA.dtype)
-        return torch.cat([logits, beyond_NA], -1)
+            added_NA = added_NA + share_N[:, None].to(added_NA.dtype)
+        if self.spare:
+            logits = logits.index_add(-1, self.ids[own:inside], added_NA[:, : self.spare])
+        return torch.cat([logits, added_NA[:, self.spare :]], -1) if self.added else logits
 
     def _add(self, base_NV: Tensor, change_NU: Tensor) -> Tensor:
         if change_NU.shape == base_NV.shape:
@@ -260,10 +264,11 @@ def append_rows(
             f"the tokenizer's added tokens begin at {first_id}, the model's embedding ends at {V - 1}: tokens between "
             "them have no row; take the base's own tokenizer"
         )
+    spare = len(pieces) - len(beyond)
     for place in (embedding,) if model.config.tie_word_embeddings else (embedding, head):
         weight = place.weight
         with torch.device("meta"):
-            rows = TokenRows(len(ids), model.config.hidden_size, V, len(beyond), model.moe_config)
+            rows = TokenRows(len(ids), model.config.hidden_size, V, len(beyond), spare, model.moe_config)
         rows.to(dtype=weight.dtype).to_empty(device=weight.device)
         if weight.device.type != "meta":
             with within(place, rows) if within else nullcontext():
@@ -300,11 +305,10 @@ def describe_rows(model: nn.Module) -> dict | None:
     rows = rows_of(model)[:1]
     if not rows:
         return None
-    added = max(rows[0].added, 0)
     return {
         "rows": len(rows[0].ids),
-        "added": added,
-        "vocabulary": rows[0].base_rows + added,
+        "added": rows[0].added + rows[0].spare,
+        "vocabulary": rows[0].base_rows + rows[0].added,
         "train": rows[0].delta.requires_grad,
     }
 

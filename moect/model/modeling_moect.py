@@ -39,10 +39,25 @@ class MoectForCausalLM(ExtendedCausalLM, PreTrainedModel, GenerationMixin):
         append_moe(base, MoeConfig(**config.moe))
         self.model, self.lm_head, self.moe_config = base.model, base.lm_head, base.moe_config
         if config.rows:  # which tokens they are of is among the weights
-            V = config.base_config.vocab_size
-            append_rows(self, range(config.rows - config.added_tokens), V, [[0]] * config.added_tokens)
+            added = config.added_tokens + config.spare_tokens
+            first_id = config.base_config.vocab_size - config.spare_tokens
+            append_rows(self, range(config.rows - added), first_id, [[0]] * added)
         self._no_split_modules = [type(self.model.layers[0]).__name__]
         self.post_init()
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs):
+        """As in every model, where no token has a row of its own; else the size cannot change.
+
+        Raises:
+            ValueError: another size than the vocabulary's, and there are such rows.
+        """
+        if not rows_of(self):
+            return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if new_num_tokens not in (None, self.config.vocab_size):
+            raise ValueError(
+                f"the vocabulary of {self.config.vocab_size} tokens, some with rows of their own, cannot be resized"
+            )
+        return self.get_input_embeddings()
 
     def base_only(self):
         """Context manager: inside, this model is its base, bit for bit."""

@@ -35,7 +35,7 @@ from moect.train.meters import Meter, duration, peak_flops
 from moect.train.objective import Objective, StepCounts
 from moect.train.resume import check_same_run, check_same_start, check_start
 from moect.train.schedule import learning_rate
-from moect.train.token_rows import check_extension, decide_rows, extension_digest
+from moect.train.token_rows import IDS, check_extension, decide_rows, extension_digest, widen_rows
 
 
 def train(config: RunConfig) -> Path:
@@ -83,8 +83,9 @@ class Run:
         self.began_from = None  # the digest of what trained in the run that this one went on from
         self.checkpoint, self.changed = self._find_checkpoint() if config.resume == "auto" else (None, [])
         self.start = self._find_start() if config.model.start and not self.checkpoint else None
-        came_from = self.checkpoint or self.start
-        rows = distributed.on_main(lambda: decide_rows(config, self.loader.stores, vocab_size, came_from))
+        rows = distributed.on_main(
+            lambda: decide_rows(config, self.loader.stores, vocab_size, self.checkpoint, self.start)
+        )
         model = build_model(config, zero3=zero3, rows=rows, extension=self.extension)
         # a divided parameter is empty
         shapes = build_model(config, meta=True, rows=rows, extension=self.extension) if zero3 else model
@@ -318,7 +319,8 @@ class Run:
 
     def _begin_from(self, path: Path) -> None:
         """Take what trains, and nothing else, from another run's checkpoint."""
-        tensors = checkpoint.read_module(path)
+        ids = dict(checkpoint.module_buffers(self.objective.model)).get(IDS)
+        tensors = widen_rows(checkpoint.read_module(path), ids)
         trains = [name for name, _ in state.trainable_parameters(self.engine) if name in tensors]
         moments = {f"{m}.{name}": torch.zeros_like(tensors[name]) for name in trains for m in state.MOMENTS}
         self._restore(tensors | moments, 0, path)

@@ -7,6 +7,9 @@ import json
 import logging
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from moect.config import RunConfig
 from moect.data.tokens.store import TokenStore, find_store
 from moect.data.tokens.unseen import unseen_tokens
@@ -18,14 +21,17 @@ IDS = "model.embed_tokens.rows.ids"  # in a checkpoint; absent where no token ha
 log = logging.getLogger("moect.train")
 
 
-def decide_rows(config: RunConfig, stores: list[TokenStore], vocab_size: int, checkpoint: Path | None) -> list[int]:
+def decide_rows(
+    config: RunConfig, stores: list[TokenStore], vocab_size: int, checkpoint: Path | None, start: Path | None
+) -> list[int]:
     """The tokens whose rows train under `unseen`; [] otherwise.
 
     Args:
         config: the run.
         stores: one for each source of `data.train`.
         vocab_size: of the tokenizer and the base, the greater.
-        checkpoint: what the run goes on from; None: nothing, so it is decided now.
+        checkpoint: what the run is resumed from; its rows stay. None: it is decided now.
+        start: the checkpoint of `model.start` that it begins with; its rows stay, and more may come.
 
     Raises:
         ConfigError: there is no text of old languages to compare with.
@@ -38,6 +44,8 @@ def decide_rows(config: RunConfig, stores: list[TokenStore], vocab_size: int, ch
     if checkpoint:
         return kept_rows(checkpoint)
     rows = unseen_tokens(config.data, stores, vocab_size)
+    if start:
+        rows = sorted({*rows, *kept_rows(start)})
     if not rows and not model.extend_tokenizer:
         log.warning("`model.train_embeddings: unseen` finds none: the old languages use every token of the new ones")
     return rows
@@ -68,6 +76,25 @@ def kept_rows(checkpoint: Path) -> list[int]:
     """The tokens that have rows of their own in a checkpoint."""
     tensors = read_module(checkpoint)
     return tensors[IDS].tolist() if IDS in tensors else []
+
+
+def widen_rows(tensors: dict[str, Tensor], ids: Tensor | None) -> dict[str, Tensor]:
+    """The tensors of a checkpoint with rows for more tokens, those new ones differences of zero.
+
+    Args:
+        tensors: by name, as `read_module` gives them.
+        ids: (U,) int64, ascending, the tokens that have rows now, all of the checkpoint's among them; None: none has.
+    """
+    if ids is None or IDS not in tensors:
+        return tensors
+    wider, places = dict(tensors), torch.searchsorted(ids.cpu(), tensors[IDS])
+    for name in tensors:
+        if name.endswith(".rows.ids"):
+            wider[name] = ids.cpu().clone()
+        elif name.endswith(".rows.delta"):
+            wider[name] = tensors[name].new_zeros(len(ids), tensors[name].shape[1])
+            wider[name][places] = tensors[name]
+    return wider
 
 
 def extension_digest(extension: Extension | None) -> str | None:

@@ -190,7 +190,7 @@ class Loader:
         epoch. A corpus that the other run did not have, or cut otherwise, begins at its start."""
         skipped = state.get("skipped", {})
         for i, corpus in enumerate(self.corpora):
-            if state["corpora"].get(corpus.key) == self._fingerprint(corpus):
+            if _same(state["corpora"].get(corpus.key), self._fingerprint(corpus)):
                 self.skipped[i] = skipped.get(corpus.key, 0) + state["drawn"][corpus.key]
         then = {"packing": "concatenate", **state}
         moved = [name for name, now in self._decides_rows().items() if then[name] != now]
@@ -361,12 +361,17 @@ def _difference(then: dict, now: dict) -> str | None:
     for name, key in DECIDES_ROWS.items():
         if then[name] != now[name]:
             return f"`{key}` was {then[name]} and is {now[name]}"
-    if apart := [key for key in now["corpora"] if then["corpora"].get(key) != now["corpora"][key]]:
+    if apart := [key for key in now["corpora"] if not _same(then["corpora"].get(key), now["corpora"][key])]:
         return (
-            f"`{apart[0]}` was not one corpus, as it is now; sources of a language are read as one unless they have a "
-            "`weight`"
+            f"`{apart[0]}` was not the same corpus; sources of a language are read as one, in their order, unless they "
+            "have a `weight`"
         )
     return None
+
+
+def _same(then: str | dict | None, now: str | dict) -> bool:
+    """Whether two corpora have the same documents with the same numbers: the order of the sources decides too."""
+    return list(then.items()) == list(now.items()) if isinstance(then, dict) and isinstance(now, dict) else then == now
 
 
 def _by_source(corpora: dict) -> dict[str, str]:

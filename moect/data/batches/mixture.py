@@ -45,36 +45,51 @@ def corpus_weights(
     return weights / weights.sum()
 
 
-def limit_shares(shares: np.ndarray, limits: np.ndarray, groups: list[str]) -> tuple[np.ndarray, list[str]]:
+def limit_shares(
+    shares: np.ndarray, limits: np.ndarray, groups: list[str], read: np.ndarray | None = None
+) -> tuple[np.ndarray, list[str]]:
     """Shares of which none is above its limit; what is taken from one goes to the others of its group in proportion.
 
     With equal shares this is UniMax (Chung et al. 2023, arXiv 2304.09151, algorithm 1).
 
     Args:
         shares: float64, of each corpus.
-        limits: float64, the same in number.
+        limits: float64, of what each gives with what it has given before, in the unit of the shares.
         groups: which corpora share with one another.
+        read: float64, what each has given before; None: nothing.
 
     Returns:
-        The shares, each group's sum as before; and the groups that have less room than their sum, where all are above
-        their limits by the same factor.
+        The shares, each group's sum as before; and the groups that have less room than their sum, where all come to the
+        same multiple of their limits, but for those that are beyond it already and get nothing.
     """
     limited, crowded = shares.copy(), []
+    read = np.zeros_like(limits) if read is None else read
+    room_of_each = np.maximum(0.0, limits - read)
     for group in sorted(set(groups)):
         members = np.array([g == group for g in groups]) & (shares > 0)
         total = shares[members].sum()
-        room = limits[members].sum()
+        room = room_of_each[members].sum()
         if room <= total * (1 + 1e-12):
             if room < total * (1 - 1e-12):
                 crowded.append(group)
-            limited[members] = limits[members] * (total / room) if room > 0 else shares[members]
+            limited[members] = _levelled(limits[members], read[members], total)
             continue
         free = members.copy()
-        while (above := free & (limited > limits)).any():
-            limited[above] = limits[above]
+        while (above := free & (limited > room_of_each)).any():
+            limited[above] = room_of_each[above]
             free &= ~above
-            limited[free] = shares[free] * ((total - limits[members & ~free].sum()) / shares[free].sum())
+            limited[free] = shares[free] * ((total - room_of_each[members & ~free].sum()) / shares[free].sum())
     return limited, crowded
+
+
+def _levelled(limits: np.ndarray, read: np.ndarray, total: float) -> np.ndarray:
+    """What brings all to the same multiple of their limits, where what is read already does not exceed that; sum
+    `total`."""
+    order = np.argsort(read / limits, kind="stable")
+    multiples = (total + np.cumsum(read[order])) / np.cumsum(limits[order])  # if the first so many get something
+    reached = np.append((read / limits)[order][1:], np.inf)
+    multiple = multiples[np.argmax(multiples <= reached)]
+    return np.maximum(0.0, multiple * limits - read)
 
 
 @dataclass(frozen=True)

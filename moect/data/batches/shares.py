@@ -60,8 +60,7 @@ def corpus_shares(
     if data.max_epochs is not None and rows_left > 0:
         read = np.array(drawn if drawn is not None else [0] * len(corpora), dtype=np.float64)
         rows = np.array([inf if n is None else n for n in rows_per_epoch], dtype=np.float64)
-        limits = np.maximum(0.0, data.max_epochs * rows - read) / rows_left
-        shares, crowded = limit_shares(shares, limits, groups)
+        shares, crowded = limit_shares(shares, data.max_epochs * rows / rows_left, groups, read / rows_left)
         for group in crowded if tell else ():
             log.warning(
                 "data.max_epochs: the corpora of %s role are too small for the run, each is read more often than "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Iterator
 
 import torch
@@ -45,8 +47,13 @@ class Workers:
             DataError: a process ended.
         """
         if self._batches is None:
+            # torch would raise in the middle of whatever this process does when one of them ends; it looks after them
+            # when it waits for a batch, too
+            before = signal.getsignal(signal.SIGCHLD)
             with without_main():
                 self._batches = iter(self._loader)
+            if threading.current_thread() is threading.main_thread():  # only there does torch set its own
+                signal.signal(signal.SIGCHLD, before)
         try:
             return MicroBatch.of(next(self._batches))
         except RuntimeError as error:

@@ -35,7 +35,8 @@ PROBE = " It's 2026, naïve: 1,234.5  e\u0301 don't\r\n\n\tλόγος 中文 த
 
 def run_tokenizer(config: RunConfig):
     """The tokenizer of a run; with `model.train_tokenizer` it is trained on the run's corpora, with
-    `model.extend_tokenizer` extended for their new languages, unless it is there.
+    `model.extend_tokenizer` extended for their new languages, unless it is there. What goes on from a checkpoint, its
+    own or that of `model.start`, has the tokenizer of that.
 
     Raises:
         DataError: as `load_tokenizer`, `read_documents` and `extend_tokenizer`; or the one that is there was trained on
@@ -43,11 +44,11 @@ def run_tokenizer(config: RunConfig):
     """
     if config.model.train_tokenizer is not None:
         _train_once(config)
+    if kept := _goes_on_with(config):
+        return kept_tokenizer(config, kept)
     tokenizer = load_tokenizer(config.model)
     if config.model.extend_tokenizer is None:
         return tokenizer
-    if config.model.start and (Path(config.model.start) / KEPT / EXTENSION).is_file():
-        return kept_tokenizer(config, Path(config.model.start))  # whose rows are gone on with
     folder = _extension_folder(config, tokenizer)
     _extend_once(config, tokenizer, folder)
     return _load_extended(config, folder)
@@ -61,6 +62,8 @@ def find_tokenizer(config: RunConfig):
     """
     if config.model.train_tokenizer is not None and not Path(os.path.expanduser(config.model.tokenizer)).exists():
         return None
+    if kept := _goes_on_with(config):
+        return kept_tokenizer(config, kept)
     tokenizer = load_tokenizer(config.model)
     if config.model.extend_tokenizer is None:
         return tokenizer
@@ -69,13 +72,34 @@ def find_tokenizer(config: RunConfig):
 
 
 def keep_tokenizer(tokenizer, run_folder: Path) -> None:
-    """Copy an extended tokenizer into a run's folder, where an export finds it without the corpora."""
+    """Copy an extended tokenizer into a run's folder, where an export finds it without the corpora. One that is there
+    from an attempt that ended before its first checkpoint gives way."""
     folder = Path(run_folder) / KEPT
-    if extension_of(tokenizer) is None or folder.exists():
+    made = Path(tokenizer.name_or_path or "")
+    if extension_of(tokenizer) is None or made == folder:
         return
+    if folder.exists():
+        if all(file.read_bytes() == _bytes(folder / file.name) for file in made.iterdir()):
+            return
+        shutil.rmtree(folder)
     with _beside(folder) as temporary:
-        shutil.copytree(tokenizer.name_or_path, temporary, dirs_exist_ok=True)
+        shutil.copytree(made, temporary, dirs_exist_ok=True)
         _rename(temporary, folder)
+
+
+def _bytes(file: Path) -> bytes | None:
+    return file.read_bytes() if file.is_file() else None
+
+
+def _goes_on_with(config: RunConfig) -> Path | None:
+    """The run's folder whose extended tokenizer this run goes on with: its own, or that of `model.start`."""
+    if config.model.extend_tokenizer is None:
+        return None
+    begun = config.resume == "auto" and any((config.folder / "checkpoints").glob("step-*"))
+    places = [config.folder] if begun else []
+    if config.model.start:
+        places.append(Path(config.model.start))
+    return next((place for place in places if (place / KEPT / EXTENSION).is_file()), None)
 
 
 def kept_tokenizer(config: RunConfig, run_folder: Path):
@@ -145,7 +169,8 @@ def _texts(config: RunConfig, role: Role) -> dict[str, Iterator[str]]:
 def _samples(config: RunConfig) -> dict[str, Iterator[str]]:
     """The beginning of every language's text: held-out text where there is some."""
     by_language = {}
-    for source in [*config.data.evaluation, *config.data.train]:
+    held_out = config.data.evaluation if config.monitor.enabled else []
+    for source in [*held_out, *config.data.train]:
         by_language.setdefault(source.lang, source)
     return {language: head(_read(config, source), SAMPLE_BYTES) for language, source in sorted(by_language.items())}
 
