@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -179,7 +180,11 @@ def test_a_worker_that_is_killed_interrupts_nothing_that_the_rank_is_doing(folde
         data.next_step()
         (child,) = multiprocessing.active_children()
         os.kill(child.pid, signal.SIGKILL)
-        child.join()  # its end has been told to this process: nothing is raised here
+        state = Path(f"/proc/{child.pid}/stat")
+        while state.read_text().rpartition(")")[2].split()[0] != "Z":  # this process is told of its end meanwhile
+            pass
+        for _ in range(1000):
+            pass
         with pytest.raises(DataError, match="a process of `data.workers` ended by itself"):
             for _ in range(20):
                 data.next_step()

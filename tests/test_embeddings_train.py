@@ -159,13 +159,14 @@ def test_a_run_that_starts_from_another_gets_rows_for_what_only_its_own_text_has
 
 def test_what_goes_on_from_a_checkpoint_has_its_tokenizer_and_a_failed_attempt_s_is_not_kept(place):
     values = place.values()["data"]["train"]
-    model = {"extend_tokenizer": 5, "train_embeddings": "unseen"}
-    little = {"train": [values[0], {**values[1], "limit": 60}]}
+    model = {"extend_tokenizer": 20, "train_embeddings": "unseen"}
+    little = {"train": [values[0], {**values[1], "limit": 4}]}
     first = place.config("first", model=model, train={"steps": 3}, resume="auto")
     keep_tokenizer(run_tokenizer(place.config("first", model=model, data=little)), first.folder)  # and then it died
     run = train(first)
     learned = extension_of(run_tokenizer(place.config("any", model=model)))
     assert extension_of(kept_tokenizer(first, run)) == learned
+    assert extension_of(run_tokenizer(place.config("any", model=model, data=little))) != learned
     assert export_run(run).is_dir()
     (run / "tokenizer").rename(run / "moved")
     keep_tokenizer(run_tokenizer(place.config("first", model=model, data=little)), run)
