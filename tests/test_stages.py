@@ -137,8 +137,8 @@ def test_a_base_is_trained_and_extended_by_one_command_and_again_costs_nothing(p
     assert json.loads((base / "export" / "config.json").read_text())["hidden_size"] == SHAPE["hidden_size"]
     assert not (extend / "export").exists()  # nothing is built on it
     before = {file: file.read_bytes() for run in (base, extend) for file in run.rglob("*.json*")}
-    out, _ = launch(path, 2, "resume=auto")
-    assert out.count("finished before") == 2
+    out, _ = launch(path, 2, "resume=auto", "stages.extend.data.replay=0.4")
+    assert out.count("finished before") == 2 and out.count("not used: data.replay: ") == 1
     assert before == {file: file.read_bytes() for run in (base, extend) for file in run.rglob("*.json*")}
 
 
