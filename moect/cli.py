@@ -251,7 +251,7 @@ def _add_bench_data(parts) -> None:
     made.set_defaults(run=bench_data)
     made.add_argument("--text", metavar="PATH", help="file, glob or folder of documents (default: numbers in words)")
     made.add_argument("--tokenizer", metavar="DIR", help="default: a small one, trained on that text")
-    made.add_argument("--megabytes", type=float, default=64.0, metavar="MB", help="of text (default 64)")
+    made.add_argument("--megabytes", type=_size, default=64.0, metavar="MB", help="of text (default 64)")
     made.add_argument("--workers", type=_positive, help="our processes, and the library's threads (default: the cores)")
     made.add_argument("--rounds", type=_positive, default=3, help="of both (default 3)")
     made.add_argument("--seed", type=int, default=0, help="of text and order (default 0)")
@@ -262,6 +262,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def _size(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError("must be above 0")
     return number
 
 

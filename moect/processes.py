@@ -48,7 +48,7 @@ def map_in_order(
     pending: deque = deque()
     try:
         for item in items:
-            with without_main():
+            with without_main(), _uninterrupted():
                 pending.append((item, pool.submit(call, item)))
             if len(pending) > 2 * workers:
                 done, future = pending.popleft()
@@ -58,6 +58,10 @@ def map_in_order(
             yield done, future.result()
     except BrokenProcessPool as error:
         raise DataError(lost) from error
+    except BaseException:  # nobody wants what they are working on; a second Ctrl-C would find this one waiting for it
+        for process in list((pool._processes or {}).values()):
+            process.kill()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -76,6 +80,19 @@ def without_main() -> Iterator[None]:
         yield
     finally:
         vars(main).update(hidden)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Inside, Ctrl-C waits; and processes that are started do not know it, from their first moment on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin(begin: Callable, what: object) -> None:

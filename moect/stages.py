@@ -163,7 +163,7 @@ def prepare_stages(
     from moect.data.tokens.prepare import prepare, render, write_report
     from moect.data.vocabulary.tokenizer import run_tokenizer
 
-    _check_files(stages)
+    _check_files(stages, held_out=inspect)
     for config in stages:
         teacher = _teacher(config, stages)
         planned = as_planned(teacher, stages)
@@ -382,13 +382,14 @@ def _check_origin(config: RunConfig, earlier: list[RunConfig], where: str) -> No
                 )
 
 
-def _check_files(stages: list[RunConfig]) -> None:
-    """The files of every stage that is still to run are there, before hours are spent on the first."""
+def _check_files(stages: list[RunConfig], held_out: bool = False) -> None:
+    """The files of every stage that is still to run are there, before hours are spent on the first; those of held-out
+    text where it is measured on, or wanted all the same."""
     from moect.data.reading.sources import resolve_files
 
     for config in stages:
         if config.resume == "auto" and _ended(config):
             continue
-        for source in (*config.data.train, *(config.data.evaluation if config.monitor.enabled else ())):
+        for source in (*config.data.train, *(config.data.evaluation if held_out or config.monitor.enabled else ())):
             if source.path:
                 resolve_files(source.path, config.data.root)

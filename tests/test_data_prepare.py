@@ -2,7 +2,7 @@
 
 import json
 import re
-from pathlib import Path
+import tempfile
 
 import pytest
 import yaml
@@ -13,6 +13,7 @@ from moect.cli import main
 from moect.data.reading.numbers import write_numbers
 from moect.data.tokens.prepare import prepare, render
 from moect.data.vocabulary.tokenizer import run_tokenizer, train_tokenizer
+from moect.locks import locked
 from moect.stages import load_stages
 
 
@@ -72,6 +73,10 @@ def test_unfinished_entries_of_other_texts_are_told(tmp_path):
     left = tmp_path / "out" / ".cache" / "0123.unfinished"
     left.mkdir(parents=True)
     (left / "tokens.npy").write_bytes(b"x" * 1_500_000)
+    lock = left.parent / "locks" / "0123"
+    lock.parent.mkdir()
+    with locked(lock):  # somebody is at it
+        assert prepare(config, Words())["leftovers"] is None
     result = prepare(config, Words())
     assert result["leftovers"]["entries"] == 1
     assert f"1 unfinished entries of other texts or settings, 2 MB, lie in {left.parent}" in render(result)
@@ -123,6 +128,7 @@ def test_a_source_that_is_missing_is_one_line_before_anything_is_tokenized(tmp_p
 
 def test_the_benchmark_measures_both_in_turns_and_writes_what_it_prints(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "SENTENCES", 60)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for name in ("TOKENIZERS_PARALLELISM", "RAYON_NUM_THREADS"):
         monkeypatch.setenv(name, "false" if name.startswith("T") else "1")
     out = tmp_path / "data.json"
@@ -133,4 +139,4 @@ def test_the_benchmark_measures_both_in_turns_and_writes_what_it_prints(tmp_path
     assert result["bytes"] >= 50_000 and min(map(min, rates.values())) > 0 and result["peak_memory_bytes"] > 2**20
     printed = capsys.readouterr().out
     assert "round 2 of 2" in printed and f"{result['share']:.2f}" in printed
-    assert not list(Path("/tmp").glob("moect-bench-*/cache"))
+    assert [path.name for path in tmp_path.iterdir()] == ["data.json"]

@@ -169,7 +169,7 @@ def test_a_filter_takes_the_documents_whose_fields_are_as_it_says(tmp_path, capl
     write(tmp_path / "a.jsonl", *documents)
     conditions = {name: FilterConfig(**values) for name, values in conditions.items()}
     if not kept:
-        with pytest.raises(DataError, match=r"a\.jsonl: the corpus is empty.*all 4 were left out by `filter`"):
+        with pytest.raises(DataError, match=r"a\.jsonl: the corpus is empty.*`filter` left out 4 of 4"):
             read(tmp_path, "a.jsonl", filter=conditions)
         return
     with caplog.at_level(logging.INFO, "moect.data"):
@@ -203,6 +203,34 @@ def test_a_folder_gives_all_its_files_of_known_kinds_and_says_what_it_leaves(tmp
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match=r"none: the folder holds no file of a kind that can be read"):
         read(tmp_path, "none")
+
+
+def test_linked_folders_are_read_and_links_that_lead_nowhere_are_refused(tmp_path):
+    (tmp_path / "web").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    write(tmp_path / "elsewhere" / "b.txt", b"two")
+    write(tmp_path / "web" / "a.txt", b"one")
+    (tmp_path / "web" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "web")
+    assert [d.text for d in read(tmp_path, "web")] == ["one", "two"]
+    (tmp_path / "web" / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
+    with pytest.raises(DataError, match=r"gone\.txt: is a link to a file that is not there"):
+        read(tmp_path, "web")
+
+
+def test_a_root_may_hold_characters_of_globs(tmp_path):
+    (tmp_path / "a[1]").mkdir()
+    write(tmp_path / "a[1]" / "x.txt", b"one")
+    assert [d.text for d in read(tmp_path / "a[1]", "*.txt")] == ["one"]
+
+
+def test_names_that_cannot_be_text_do_not_matter_unless_they_are_asked_for(tmp_path):
+    write_rows(tmp_path / "a.parquet", text=["one", "two"], id=[b"\xff\x00", b"k"])
+    assert [d.id for d in read(tmp_path, "a.parquet")] == ["a.parquet:1", "k"]
+    with pytest.raises(DataError, match="`id` is not UTF-8"):
+        read(tmp_path, "a.parquet", id_field="id")
+    write(tmp_path / "a.jsonl", {"text": "one", "id": "\ud800"})
+    assert [d.id.encode() for d in read(tmp_path, "a.jsonl")] == [b"?"]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.txt.gz", "a.parquet"])

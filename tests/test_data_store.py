@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_helpers import WORDS, Words, write_corpus
+from tokenizers import Tokenizer, models
 
 from moect.data.reading import files, hub
 from moect.data.tokens import store_writer, tokenizing
@@ -180,7 +181,7 @@ def test_how_much_badness_is_put_up_with_is_asked_of_a_store_that_is_there_too(t
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     write_corpus(tmp_path / "c.jsonl", 3, seed=1)
     (tmp_path / "cache").write_text("a file in the way")
-    with pytest.raises(DataError, match=r"cache.*cannot be written"):
+    with pytest.raises(DataError, match=r"cache.*cannot be read or written"):
         build(tmp_path)
 
 
@@ -320,6 +321,67 @@ def test_a_damaged_unfinished_store_goes_back_to_what_is_whole(tmp_path, small_b
     assert contents(build(tmp_path)) == contents(undisturbed)
 
 
+def test_an_interrupted_store_can_be_gone_on_with_by_streaming_and_the_other_way_round(
+    tmp_path, small_blocks, monkeypatch
+):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "fetched"))
+    documents = write_corpus(tmp_path / "c.jsonl", 100, seed=1)
+    (tmp_path / "rows").mkdir()
+    table = pa.table({"text": [" ".join(f"w{i}" for i in document) for document in documents]})
+    pq.write_table(table, tmp_path / "rows" / "0.parquet", row_group_size=20)
+    undisturbed = build(tmp_path, cache="other", dataset=str(tmp_path / "rows"))
+    for streaming in (False, True):
+        options = {"dataset": str(tmp_path / "rows"), "cache": f"cache-{streaming}"}
+        interrupt(tmp_path, 8, streaming=streaming, **options)
+        assert contents(build(tmp_path, streaming=not streaming, **options)) == contents(undisturbed)
+
+
+def test_what_a_killed_maker_left_in_a_finished_store_is_removed(tmp_path):
+    write_corpus(tmp_path / "c.jsonl", 10, seed=1)
+    store = build(tmp_path)
+    before = contents(store)
+    (store.folder / "documents.bin").write_bytes(b"x" * 240)
+    (store.folder / "journal.jsonl").write_bytes(b"{}")
+    assert contents(build(tmp_path)) == before
+
+
+def test_going_back_never_leaves_a_journal_that_is_shorter_than_what_is_whole(tmp_path, small_blocks, monkeypatch):
+    write_corpus(tmp_path / "c.jsonl", 100, seed=1)
+    interrupt(tmp_path, 11)
+    (unfinished,) = (tmp_path / "cache").glob("*.unfinished")
+    journal = unfinished / "journal.jsonl"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + b'{"half a li')
+    plain, lengths = os.truncate, []
+
+    def watched(path, size):
+        plain(path, size)
+        lengths.append(journal.stat().st_size)
+
+    monkeypatch.setattr(os, "truncate", watched)
+    build(tmp_path)
+    assert lengths and set(lengths) == {len(whole)}
+
+
+def test_long_rows_end_a_block_early_and_can_be_gone_on_from(tmp_path):
+    texts = [f"{i} " + "w1 " * (100_000 if i % 3 == 0 else 10) for i in range(20)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    blocks = list(files.file_blocks([tmp_path / "a.parquet"], ["text"], [], files.Place()))
+    assert max(sum(map(files.row_bytes, block.records)) for block in blocks) < 2 * files.BLOCK_BYTES and len(blocks) > 1
+    assert [r["text"].decode() for block in blocks for r in block.records] == texts
+    for number, block in enumerate(blocks):
+        assert list(files.file_blocks([tmp_path / "a.parquet"], ["text"], [], block.after)) == blocks[number + 1 :]
+
+
+def test_unknown_tokens_are_found_by_number_too_and_a_byte_that_is_a_character_is_no_piece():
+    tokens = [("<unk>", 0.0), ("a", -1.0), ("b", -2.0)]
+    unigram = Tokenizer(models.Unigram(tokens, unk_id=0))
+    assert tokenizing._token_kinds(unigram, json.loads(unigram.to_str())["model"]).tolist() == [1, 0, 0]
+    vocabulary = {"<unk>": 0, "<0x0A>": 1, "<0xC3>": 2, "a": 3}
+    bpe = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    assert tokenizing._token_kinds(bpe, json.loads(bpe.to_str())["model"]).tolist() == [1, 0, 2, 0]
+
+
 def test_a_killed_worker_is_one_line_and_the_same_command_goes_on(tmp_path, small_blocks, monkeypatch):
     write_corpus(tmp_path / "c.jsonl", 100, seed=1)
     undisturbed = build(tmp_path, cache="other")
@@ -335,6 +397,40 @@ def test_a_killed_worker_is_one_line_and_the_same_command_goes_on(tmp_path, smal
 
 def _die(block):
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+TWICE = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_data_store import build
+from moect.data.reading import files
+from moect.data.tokens import store_writer, tokenizing
+files.BLOCK_BYTES, tokenizing.ALONE = 200, 1
+plain, added = store_writer.StoreWriter.add, 0
+def add(self, *args):
+    global added
+    plain(self, *args)
+    added += 1
+    if added == 8:  # the workers are there, and have work
+        print("now", flush=True)
+store_writer.StoreWriter.add = add
+build(Path({folder!r}), workers=2)
+"""
+
+
+def test_interrupting_twice_ends_at_once_and_tells_of_nothing_but_that(tmp_path):
+    write_corpus(tmp_path / "c.jsonl", 20_000, seed=1)
+    code = TWICE.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
+    assert process.stdout.readline() == "now\n"
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and err.count("Traceback") <= 2 and "spawn_main" not in err, err
 
 
 ORPHANS = """

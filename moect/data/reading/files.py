@@ -66,29 +66,54 @@ class Block:
 def resolve_files(path: str, root: str) -> list[Path]:
     """The files that `path` (a file, a glob or a folder, relative to `root`) stands for, sorted by name.
 
-    Of a folder all files of known kinds are taken, those of folders in it too.
+    Of a folder all files of known kinds are taken, those of folders in it, and of folders that are linked there, too.
 
     Raises:
-        DataError: no file matches, or a file is of an unknown kind.
+        DataError: no file matches, a file is of an unknown kind, or a folder or link leads nowhere or cannot be read.
     """
-    full = Path(os.path.expanduser(root)) / os.path.expanduser(path)
-    if full.is_dir():
-        files = sorted(file for file in full.rglob("*") if file.is_file())
-        known = [file for file in files if file.name.endswith(EXTENSIONS)]
-        if not known:
-            raise DataError(f"{full}: the folder holds no file of a kind that can be read: {', '.join(EXTENSIONS)}")
-        if len(known) < len(files):
-            _warn_once(f"{full}: {len(files) - len(known)} of {len(files)} files are of other kinds and are not read")
-        return known
-    # a literal name comes first: it may hold characters that a glob would interpret
-    names = [full] if full.exists() else map(Path, glob.glob(str(full), recursive=True))
-    files = sorted(name for name in names if not name.is_dir())
+    base, path = Path(os.path.expanduser(root)), os.path.expanduser(path)
+    full = base / path
+    try:
+        if full.is_dir():
+            return _files_below(full)
+        # a literal name comes first: it may hold characters that a glob would interpret
+        names = [full] if full.exists() else [base / name for name in glob.glob(path, root_dir=base, recursive=True)]
+        files = sorted(name for name in names if not name.is_dir())
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or full}: cannot be read ({error.strerror or error}); check its permissions"
+        ) from error
     if not files:
         raise DataError(f"{full}: no file matches; check the path, `data.root` and the variable MOECT_DATA")
     for file in files:
         if not file.name.endswith(EXTENSIONS):
             raise DataError(f"{file}: unknown kind of file; the kinds that can be read are {', '.join(EXTENSIONS)}")
+    _check_links(files)
     return files
+
+
+def _files_below(folder: Path) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        raise error
+
+    files, seen = [], set()
+    for here, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        seen.add(os.path.realpath(here))
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(here, name)) not in seen]
+        files += [Path(here) / name for name in names]
+    known = sorted(file for file in files if file.name.endswith(EXTENSIONS))
+    if not known:
+        raise DataError(f"{folder}: the folder holds no file of a kind that can be read: {', '.join(EXTENSIONS)}")
+    if len(known) < len(files):
+        _warn_once(f"{folder}: {len(files) - len(known)} of {len(files)} files are of other kinds and are not read")
+    _check_links(known)
+    return known
+
+
+def _check_links(files: list[Path]) -> None:
+    for file in files:
+        if not file.exists():
+            raise DataError(f"{file}: is a link to a file that is not there; mend or remove it")
 
 
 def file_blocks(files: list[Path], columns: list[str], wished: list[str], after: Place) -> Iterator[Block]:
@@ -103,7 +128,7 @@ def file_blocks(files: list[Path], columns: list[str], wished: list[str], after:
     Raises:
         DataError: a file that cannot be opened, decompressed or understood, or that lacks a column.
     """
-    before = sum(file.stat().st_size for file in files[: after.file])
+    before = sum(size_of(file) for file in files[: after.file])
     for index in range(after.file, len(files)):
         place = after if index == after.file else Place(file=index)
         file = files[index]
@@ -111,11 +136,24 @@ def file_blocks(files: list[Path], columns: list[str], wished: list[str], after:
             yield from _parquet_blocks(file, columns, wished, place, before)
         else:
             yield from _line_blocks(file, place, before)
-        before += file.stat().st_size
+        before += size_of(file)
+
+
+def size_of(file: Path) -> int:
+    """Bytes of a file.
+
+    Raises:
+        DataError: it is not there any more, or cannot be asked.
+    """
+    try:
+        return file.stat().st_size
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror or error}); check its permissions") from error
 
 
 def _line_blocks(file: Path, place: Place, before: int) -> Iterator[Block]:
-    kind = next(k for k in ("jsonl", "txt") if f".{k}" in file.name[-10:])
+    plain = file.name.removesuffix(".gz").removesuffix(".zst")
+    kind = "txt" if plain.endswith(".txt") else "jsonl"
     number, at = place.record, place.byte
     try:
         with file.open("rb") as raw, _decompressed(raw, file.name) as stream:
@@ -165,7 +203,7 @@ def _parquet_blocks(file: Path, columns: list[str], wished: list[str], place: Pl
     import pyarrow.parquet as pq
 
     number = 0
-    size = file.stat().st_size
+    size = size_of(file)
     try:
         with pq.ParquetFile(file) as parquet:
             names = parquet.schema_arrow.names
@@ -182,16 +220,35 @@ def _parquet_blocks(file: Path, columns: list[str], wished: list[str], place: Pl
                     continue
                 # group by group, so that blocks have the same ends wherever reading begins
                 for batch in parquet.iter_batches(BLOCK_ROWS, row_groups=[group], columns=wanted):
-                    number += len(batch)
-                    if number > place.record:
+                    done = max(place.record - number, 0)
+                    number += min(done, len(batch))
+                    for rows in in_blocks(_rows(batch.slice(done))):
+                        first, number = number + 1, number + len(rows)
                         read = before + size * number // parquet.metadata.num_rows
-                        rows = _rows(batch)
-                        yield Block(str(file), "rows", number - len(rows) + 1, rows, Place(place.file, 0, number), read)
+                        yield Block(str(file), "rows", first, rows, Place(place.file, 0, number), read)
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror or error}); check its permissions") from error
     except pa.ArrowException as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{file}: damaged Parquet data after row {number} ({reason}); fetch it again") from error
+
+
+def in_blocks(rows: list[dict]) -> Iterator[list[dict]]:
+    """Rows in lists of about BLOCK_BYTES, however long their texts are. It makes no difference to begin at a cut."""
+    block, size = [], 0
+    for row in rows:
+        block.append(row)
+        size += row_bytes(row)
+        if size >= BLOCK_BYTES:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+def row_bytes(row: dict) -> int:
+    """About how much text a row holds."""
+    return sum(len(value) for value in row.values() if isinstance(value, (str, bytes)))
 
 
 def _rows(batch) -> list[dict]:

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from moect.data.reading.digests import digest
-from moect.data.reading.files import BLOCK_ROWS, Block, Place
+from moect.data.reading.files import BLOCK_BYTES, BLOCK_ROWS, Block, Place, in_blocks, row_bytes
 from moect.data_config import EvaluationConfig, SourceConfig, source_key
 from moect.errors import DataError
 
@@ -113,13 +113,16 @@ def _streamed(
     stream = stream.select_columns(_chosen(source, names, columns, wished))
     if after.stream:
         stream.load_state_dict(after.stream)
-    number, rows = after.record, []
+    elif after.record:  # it was read from the cache of datasets before
+        stream = stream.skip(after.record)
+    number, rows, size = after.record, [], 0
     for row in stream:
         rows.append(row)
-        if len(rows) == BLOCK_ROWS:
+        size += row_bytes(row)
+        if len(rows) == BLOCK_ROWS or size >= BLOCK_BYTES:
             number += len(rows)
             yield rows, Place(record=number, stream=stream.state_dict())
-            rows = []
+            rows, size = [], 0
     if rows:
         yield rows, None
 
@@ -132,9 +135,11 @@ def _stored(
     builder.download_and_prepare()
     table = builder.as_dataset(split=source.split)
     table = table.select_columns(_chosen(source, table.column_names, columns, wished))
-    for start in range(after.record, len(table), BLOCK_ROWS):
-        stop = min(start + BLOCK_ROWS, len(table))
-        yield _rows(table[start:stop]), Place(record=stop) if stop < len(table) else None
+    number = after.record
+    while number < len(table):
+        rows = next(in_blocks(_rows(table[number : number + BLOCK_ROWS])))  # blocks end where those of a stream do
+        number += len(rows)
+        yield rows, Place(record=number) if number < len(table) else None
 
 
 def _rows(columns: dict[str, list]) -> list[dict]:

@@ -117,7 +117,7 @@ class RecordReader:
         stop = None if limit is None else tally.good + limit
         read = {"jsonl": self._read_json, "txt": self._read_text, "rows": self._read_row}[block.kind]
         inside = block.origin.startswith(self.root + os.sep)
-        origin = block.origin[len(self.root) + 1 :] if inside else block.origin
+        origin = _writable(block.origin[len(self.root) + 1 :] if inside else block.origin)
         for number, record in enumerate(block.records, start=block.first):
             if tally.good == stop:
                 return
@@ -159,19 +159,33 @@ class RecordReader:
         return {self.text_field: text.rstrip("\r\n")} if text.strip() else None
 
     def _read_row(self, row: dict) -> dict:
-        return {name: _utf8(value, f"`{name}` is ") if type(value) is bytes else value for name, value in row.items()}
+        fields = {}
+        for name, value in row.items():
+            try:
+                fields[name] = _utf8(value, f"`{name}` is ") if type(value) is bytes else value
+            except Fault:
+                if name not in self.wished:  # a digest, say, which nobody has asked for
+                    raise
+                fields[name] = None
+        return fields
 
     def _id(self, fields: dict) -> str | None:
         value = fields.get(self.id_field or "id")
         if type(value) is str and value or type(value) is int:
-            return str(value)
+            return _writable(str(value))
         if self.id_field:
             raise Fault(f"no `{self.id_field}`" if value is None else f"`{self.id_field}` is neither text nor a number")
         return None
 
 
+def _writable(name: str) -> str:
+    """A name that can be written as UTF-8; not every file's name can, nor every text of JSON."""
+    return name if name.isascii() else name.encode("utf-8", "replace").decode("utf-8")
+
+
 def _at(block: Block, number: int) -> str:
-    return f"{block.origin}, row {number}" if block.kind == "rows" else f"{block.origin}:{number}"
+    origin = _writable(block.origin)
+    return f"{origin}, row {number}" if block.kind == "rows" else f"{origin}:{number}"
 
 
 def _utf8(value: bytes, what: str = "") -> str:

@@ -77,7 +77,7 @@ def check_bad(
             "that key"
         )
     if at_end and not tally.good:
-        why = f": all {tally.filtered} were left out by `filter`" if tally.filtered and not tally.bad else ""
+        why = f": `filter` left out {tally.filtered} of {tally.seen}" if tally.filtered else ""
         raise DataError(
             f"{source_key(source)}: the corpus is empty, it holds no usable document{why}; give one with text"
         )

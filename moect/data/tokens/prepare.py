@@ -12,6 +12,7 @@ from moect.data.reading.evaluation import load_evaluation
 from moect.data.tokens.store import TokenStore, build_store
 from moect.data_config import source_key
 from moect.errors import DataError
+from moect.locks import is_locked
 from moect.tables import aligned
 
 log = logging.getLogger("moect.data")
@@ -125,10 +126,18 @@ def _is_english(lang: str) -> bool:
 
 
 def _leftovers(cache: Path) -> dict | None:
-    """Unfinished entries of the cache: of texts or settings that this run does not have, for its own are finished."""
-    folders = list(cache.glob("*.unfinished"))
-    size = sum(file.stat().st_size for folder in folders for file in folder.iterdir())
-    return {"entries": len(folders), "bytes": size, "folder": str(cache)} if folders else None
+    """Unfinished entries of the cache that nobody is working on: of texts or settings that this run does not have, for
+    its own are finished."""
+    entries = size = 0
+    for folder in cache.glob("*.unfinished"):
+        if is_locked(cache / "locks" / folder.stem):
+            continue
+        try:
+            size += sum(file.stat().st_size for file in folder.iterdir())
+        except FileNotFoundError:  # it was finished meanwhile
+            continue
+        entries += 1
+    return {"entries": entries, "bytes": size, "folder": str(cache)} if entries else None
 
 
 def _number(value: float | None, digits: int = 2) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moect.data.reading.files import Place, resolve_files
+from moect.data.reading.files import Place, resolve_files, size_of
 from moect.data.reading.fingerprint import source_fingerprint
 from moect.data.reading.progress import Progress
 from moect.data.reading.records import RecordReader, Tally
@@ -91,8 +91,10 @@ def build_store(
     key = source_key(source)
     fingerprint = source_fingerprint(source, config, tokenizer, cache_folder)
     folder = cache_folder / fingerprint
-    store = _open(folder)
     try:
+        store = _open(folder)
+        if store and StoreWriter.is_untidy(folder):
+            StoreWriter.tidy(folder)
         if not store:
             locks = cache_folder / "locks"
             locks.mkdir(parents=True, exist_ok=True)
@@ -101,7 +103,8 @@ def build_store(
                 store = store or _write(source, config, tokenizer, cache_folder, fingerprint, workers)
     except OSError as error:
         raise DataError(
-            f"{folder}: the token cache cannot be written ({error.strerror or error}); free or choose another place"
+            f"{error.filename or folder}: the token cache cannot be read or written ({error.strerror or error}); free "
+            "or choose another place"
         ) from error
     check_bad(source, store.tally, config.max_bad_fraction, at_end=True)
     return store
@@ -175,4 +178,4 @@ def _total(source: SourceConfig, config: DataConfig) -> int | None:
         return source.limit
     if not source.path:
         return None
-    return sum(file.stat().st_size for file in resolve_files(source.path, config.root))
+    return sum(map(size_of, resolve_files(source.path, config.root)))

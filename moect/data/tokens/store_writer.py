@@ -12,6 +12,7 @@ What lies behind the last commit is cut off when a process goes on.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -93,19 +94,17 @@ class StoreWriter:
         n = self.tally.good
         table = np.memmap(self.folder / DOCUMENTS, dtype=np.int64, mode="r", shape=(n, COLUMNS)) if n else []
         for column, name, summed in ((0, "offsets", True), (1, "bytes", False), (2, "id_offsets", True)):
-            array = np.lib.format.open_memmap(
-                self.folder / f"{name}.npy", mode="w+", dtype=np.int64, shape=(n + summed,)
-            )
-            total = 0
-            for start in range(0, n, AT_ONCE):
-                part = np.array(table[start : start + AT_ONCE, column])
+            with (self.folder / f"{name}.npy").open("wb") as file:  # a map would die of a full disk without a word
+                _write_header(file, np.dtype(np.int64), n + summed)
                 if summed:
-                    np.cumsum(part, out=part)
-                    part += total
-                    total = part[-1]
-                array[start + summed : start + summed + len(part)] = part
-            array.flush()
-            del array
+                    np.zeros(1, dtype=np.int64).tofile(file)
+                total = 0
+                for start in range(0, n, AT_ONCE):
+                    part = np.array(table[start : start + AT_ONCE, column])
+                    if summed:
+                        part = np.cumsum(part) + total
+                        total = part[-1]
+                    part.tofile(file)
         values = {
             **meta,
             "documents": n,
@@ -124,8 +123,14 @@ class StoreWriter:
     @staticmethod
     def tidy(folder: Path) -> None:
         """Remove from a store in its place what only its making needed."""
-        for name in (DOCUMENTS, JOURNAL):
-            (folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # somebody else's cache
+            for name in (DOCUMENTS, JOURNAL):
+                (folder / name).unlink(missing_ok=True)
+
+    @staticmethod
+    def is_untidy(folder: Path) -> bool:
+        """Whether a store in its place still has that: its maker was killed at the very end."""
+        return (folder / JOURNAL).exists() or (folder / DOCUMENTS).exists()
 
     def _commit(self) -> None:
         for file in (self._tokens, self._documents, self._ids):
@@ -165,7 +170,7 @@ class StoreWriter:
             for name in FILES:
                 (self.folder / name).unlink(missing_ok=True)
             return
-        journal.write_bytes(b"".join(text + b"\n" for text in lines))
+        os.truncate(journal, sum(len(text) + 1 for text in lines))
         for name, size in sizes.items():
             os.truncate(self.folder / name, size)
         self.place, self.bytes_read = Place(**line["place"]), line["bytes_read"]

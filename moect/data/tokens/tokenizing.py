@@ -6,6 +6,8 @@ Worker processes import this file: nothing heavy here.
 from __future__ import annotations
 
 import itertools
+import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -64,7 +66,7 @@ class BlockTokenizer:
         self.reader = reader
         self.before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self.after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        self._kinds_V = _token_kinds(backend)
+        self._kinds_V = _token_kinds(backend, json.loads(self._json)["model"])
         self.dtype = np.dtype(np.uint16 if len(self._kinds_V) <= 2**16 else np.uint32)
 
     def __getstate__(self) -> dict:
@@ -146,19 +148,19 @@ def _tokenize(block: Block) -> TokenBlock:
     return _tokenizer(block)
 
 
-def _token_kinds(backend) -> np.ndarray:
+def _token_kinds(backend, model: dict) -> np.ndarray:
     """For each token id 0, or 1 if it stands for the unknown, or 2 if it is no whole character: a byte of one that the
     vocabulary lacks, `<0xE0>`, or in a byte-level vocabulary a piece of one."""
     vocabulary = backend.get_vocab(with_added_tokens=True)
     kinds_V = np.zeros(max(vocabulary.values(), default=0) + 1, dtype=np.int8)
-    unknown = getattr(backend.model, "unk_token", None)
+    unknown, unknown_id = model.get("unk_token"), model.get("unk_id")  # each kind of model has one of them
     characters = _byte_level_characters()
     byte_level = "ByteLevel" in type(backend.decoder).__name__ or "ByteLevel" in str(backend.pre_tokenizer)
     for token, number in vocabulary.items():
-        if token == unknown:
+        if token == unknown or number == unknown_id:
             kinds_V[number] = 1
-        elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            kinds_V[number] = 2
+        elif byte := re.fullmatch("<0x([0-9A-F]{2})>", token):
+            kinds_V[number] = 2 * (int(byte[1], 16) > 127)  # below, a byte is a whole character
         elif byte_level and all(c in characters for c in token):
             try:
                 bytes(characters[c] for c in token).decode("utf-8")
