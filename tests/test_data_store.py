@@ -40,6 +40,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(files, "BLOCK_BYTES", 200)
     monkeypatch.setattr(files, "BLOCK_ROWS", 5)
     monkeypatch.setattr(hub, "BLOCK_ROWS", 5)
+    monkeypatch.setattr(hub, "BLOCK_BYTES", 200)
     monkeypatch.setattr(store_writer, "COMMIT_BLOCKS", 3)
 
 
@@ -253,7 +254,7 @@ from moect.data.reading import files
 from moect.data.reading import hub
 from moect.data.tokens import store_writer
 from moect.data.tokens import tokenizing
-files.BLOCK_BYTES, files.BLOCK_ROWS, hub.BLOCK_ROWS, store_writer.COMMIT_BLOCKS = 200, 5, 5, 3
+files.BLOCK_BYTES, hub.BLOCK_BYTES, files.BLOCK_ROWS, hub.BLOCK_ROWS, store_writer.COMMIT_BLOCKS = 200, 200, 5, 5, 3
 plain, added = store_writer.StoreWriter.add, 0
 def add(*args):
     global added
@@ -321,9 +322,7 @@ def test_a_damaged_unfinished_store_goes_back_to_what_is_whole(tmp_path, small_b
     assert contents(build(tmp_path)) == contents(undisturbed)
 
 
-def test_an_interrupted_store_can_be_gone_on_with_by_streaming_and_the_other_way_round(
-    tmp_path, small_blocks, monkeypatch
-):
+def test_a_stream_goes_on_with_what_was_fetched_whole_and_the_other_way_round(tmp_path, small_blocks, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "fetched"))
     documents = write_corpus(tmp_path / "c.jsonl", 100, seed=1)
     (tmp_path / "rows").mkdir()
