@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -291,7 +292,8 @@ def _explain(error) -> str:
     else:
         got = first.get("input")
         shown = repr(got) if not isinstance(got, (dict, list)) else type(got).__name__
-        text = f"`{key}`: {first['msg'][0].lower()}{first['msg'][1:]}, got {shown}"
+        message = re.sub(r"a (valid )?dictionary( or an instance of \w+)?", "a mapping", first["msg"])
+        text = f"`{key}`: {message[0].lower()}{message[1:]}, got {shown}"
     more = len(findings) - 1
     return text + (f" (and {more} more)" if more else "")
 

@@ -164,6 +164,10 @@ def _check_source(source: SourceConfig | EvaluationConfig, where: str, languages
     for field, conditions in source.filter.items():
         if not any(value is not None for value in vars(conditions).values()):
             raise ValueError(f"{where}: `filter.{field}` says nothing; give min, max, equals, among or matches")
+        for low, high in (("min", "max"), ("min_characters", "max_characters")):
+            bounds = getattr(conditions, low), getattr(conditions, high)
+            if None not in bounds and bounds[0] > bounds[1]:
+                raise ValueError(f"{where}: `filter.{field}` has {low} {bounds[0]:g} above {high} {bounds[1]:g}")
         try:
             re.compile(conditions.matches or "")
         except re.error as error:

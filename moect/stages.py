@@ -125,7 +125,9 @@ def plan_stages(stages: list[RunConfig], ranks: int, gpu: str | None = None, mfu
         check_division(config.train.batch_size, config.train.micro_batch, ranks)
         planned = as_planned(config, stages)
         teacher = as_planned(_teacher(config, stages), stages)
-        which = repr([teacher.model, teacher.data.train if teacher.model.extend_tokenizer else None])
+        which = teacher.model.tokenizer or teacher.model.base
+        if teacher.model.extend_tokenizer:
+            which = repr([teacher.model, teacher.data.train])
         if which not in tokenizers:
             tokenizers[which] = _tokenizer(teacher)
         cache = Path(config.output) / ".cache"
@@ -286,6 +288,8 @@ def _tokenizer(config: RunConfig):
     from moect.data.vocabulary.tokenizer import find_tokenizer
 
     model = config.model
+    if model.extend_tokenizer:  # it is learned from them
+        _check_files([config])
     try:
         tokenizer = find_tokenizer(config)
     except DataError as error:

@@ -373,6 +373,20 @@ def test_a_dataset_that_is_trained_on_and_held_out_is_named(folder, caplog):
     assert len(caplog.messages) == 1
 
 
+def test_a_file_that_is_trained_on_and_held_out_is_named_in_whatever_way_it_is_given(tmp_path, caplog):
+    (tmp_path / "text").mkdir()
+    for name in ("train", "test"):
+        write_corpus(tmp_path / "text" / f"{name}.jsonl", 5, seed=1)
+    config = held_out(tmp_path, path="text/test.jsonl")
+    config.train = [SourceConfig(path="text/train.jsonl", lang="en")]
+    load_evaluation(config)
+    assert not caplog.messages
+    config.train = [SourceConfig(path="text", lang="en")]
+    load_evaluation(config)
+    (line,) = caplog.messages
+    assert "text/test.jsonl: is in `data.train` too, so it is not held out" in line
+
+
 def test_a_long_corpus_tells_how_far_it_is_and_a_short_one_nothing(monkeypatch, caplog):
     now = [0.0]
     monkeypatch.setattr(progress, "monotonic", lambda: now[0])

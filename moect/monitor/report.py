@@ -155,7 +155,8 @@ def _training(losses: list[dict], folder: Path) -> list[str]:
 def _source(folder: Path) -> str:
     return (
         f"Written by `moect report {folder}` from `config.yaml`, `plan.json`, `log.jsonl` and `monitor/{FILE_NAME}`, "
-        "which hold every number above; `config.yaml` repeats the run."
+        "which hold every number above. `config.yaml` repeats the run; where it was resumed with other values, those "
+        "before are in `config-before-resume-N.yaml`, and `log.jsonl` says when they changed."
     )
 
 

@@ -133,6 +133,8 @@ class Run:
                 self._begin_from(self.start)
             self._measure()
         end = min(train.steps, train.stop_after or train.steps)
+        if self.step >= end < train.steps:
+            self._say(f"nothing to do: train.stop_after is {train.stop_after}; raise it, or leave it out")
         peak, source = peak_flops(self.engine.device, DTYPES[train.precision])
         self._say(f"\nMFU against {peak / 1e12:.2f} TFLOP/s a rank ({source})")
         meter = Meter(self.plan["tokens_per_step"], self.plan["flops_per_token"], peak, self.world_size)

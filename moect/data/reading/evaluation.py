@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from moect.data.reading.files import resolve_files
 from moect.data.reading.hub import identity
 from moect.data.reading.sources import read_documents
 from moect.data_config import DataConfig, EvaluationConfig, Role, source_key
@@ -60,6 +62,8 @@ def load_evaluation(config: DataConfig, cache_folder: Path | None = None) -> lis
     trained_on = {source_key(source) for source in config.train if source.dataset}
     for key in trained_on & {source_key(source) for source in config.evaluation}:
         log.warning("%s: is in `data.train` too, so it is not held out; give another `split`", key)
+    for file in sorted(_files(config.train, config.root) & _files(config.evaluation, config.root)):
+        log.warning("%s: is in `data.train` too, so it is not held out; keep such files apart", file)
     return [
         EvaluationText(
             lang=source.lang,
@@ -73,6 +77,10 @@ def load_evaluation(config: DataConfig, cache_folder: Path | None = None) -> lis
         )
         for source in config.evaluation
     ]
+
+
+def _files(sources: list, root: str) -> set[str]:
+    return {os.path.realpath(file) for source in sources if source.path for file in resolve_files(source.path, root)}
 
 
 def _documents(source: EvaluationConfig, config: DataConfig, cache_folder: Path | None) -> list[EvaluationDocument]:

@@ -77,10 +77,12 @@ def check_bad(
             "that key"
         )
     if at_end and not tally.good:
-        why = f": `filter` left out {tally.filtered} of {tally.seen}" if tally.filtered else ""
-        raise DataError(
-            f"{source_key(source)}: the corpus is empty, it holds no usable document{why}; give one with text"
-        )
+        if tally.filtered:
+            raise DataError(
+                f"{source_key(source)}: the corpus is empty: `filter` left out {tally.filtered} of {tally.seen}; check "
+                "the fields that it names, and that numbers are compared with numbers"
+            )
+        raise DataError(f"{source_key(source)}: the corpus is empty, it holds no usable document; give one with text")
 
 
 def tell_bad(source: SourceConfig | EvaluationConfig, tally: Tally) -> None:

@@ -141,8 +141,7 @@ def _extend_once(config: RunConfig, tokenizer, folder: Path) -> None:
         return
     texts, old_texts = _texts(config, "new"), _texts(config, "old")
     log.info(
-        "%s: adding %d tokens to the tokenizer, learned from %s",
-        folder,
+        "adding %d tokens to the tokenizer, learned from %s",
         config.model.extend_tokenizer,
         ", ".join(texts),
     )
