@@ -9,6 +9,7 @@ from time import monotonic
 log = logging.getLogger("moect.data")
 
 INTERVAL = 30.0  # seconds between two lines
+NAME = 16  # characters of a corpus' name in the bar
 
 
 class Progress:
@@ -68,14 +69,15 @@ def _bar(name: str, total: int | None, done: int):
 
     bar = Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=12),
         TextColumn("{task.percentage:>3.0f}%"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[amount]}"),
         console=Console(stderr=True),
         transient=True,
     )
-    task = bar.add_task(name, total=total, completed=done, amount="")
+    short = name if len(name) <= NAME else f"…{name[1 - NAME :]}"  # so that all fits 80 columns
+    task = bar.add_task(short, total=total, completed=done, amount="")
     bar.start()
     return bar, task
 
