@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a green test suite: linting, formatting, tests. Arguments go on to pytest:
-#   bash launch/test.sh -k resume          bash launch/test.sh -m slow          bash launch/test.sh -n 2
+# Two tests run side by side; `-n 0` runs them one by one.
+#   bash launch/test.sh -k resume          bash launch/test.sh -m slow          bash launch/test.sh -n 0
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 cd "$MOECT_ROOT"
