@@ -54,6 +54,8 @@ def test_the_report_says_what_plain_counting_says(tmp_path):
     assert by_lang["te"]["against_english"] > 2 * by_lang["is"]["against_english"]
     assert by_lang["te"]["faults"] == {"malformed JSON": 1} and by_lang["te"]["bad"] == 1
     assert [source["documents"] for source in result["sources"]] == [200, 200, 200, 100]
+    assert by_lang["te"]["bad_examples"][0].endswith("half.jsonl:101: malformed JSON (Expecting value, column 1)")
+    assert f"bad: {tmp_path}/half.jsonl:101: malformed JSON" in render(result)
     table = render(result).splitlines()
     assert [line.split()[0] for line in table[2:5]] == ["en", "te", "is"] and len({len(x) for x in table[:1]}) == 1
 

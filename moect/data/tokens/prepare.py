@@ -17,6 +17,7 @@ from moect.tables import aligned
 
 log = logging.getLogger("moect.data")
 
+SHOWN = 5  # bad documents of a source that are named on the screen; prepare.json names the first twenty
 ENGLISH = ("en", "eng", "english")
 
 
@@ -81,6 +82,11 @@ def render(result: dict) -> str:
         "tokens/word: in every 16th document; where a script has no spaces a letter is a word, and `x en` says little",
         "pieces: tokens that are less than a character",
     ]
+    for source in result["sources"]:
+        examples = source["bad_examples"]
+        lines += [f"bad: {example}" for example in examples[:SHOWN]]
+        if source["bad"] > SHOWN:
+            lines.append(f"bad: {source['bad'] - SHOWN:,} more in {source['source']}")
     if leftovers := result["leftovers"]:
         lines.append(
             f"{leftovers['entries']} unfinished entries of other texts or settings, {leftovers['bytes'] / 1e6:,.0f} "
@@ -117,6 +123,7 @@ def _sums(stores: list[TokenStore]) -> dict:
         "piece_share": counts["fallback"] / tokens,
         "bad": sum(store.tally.bad for store in stores),
         "faults": dict(sum((store.tally.faults for store in stores), Counter())),
+        "bad_examples": [example for store in stores for example in store.tally.examples],
         "filtered": sum(store.tally.filtered for store in stores),
     }
 
