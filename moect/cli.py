@@ -142,9 +142,10 @@ def bench_dispatch(arguments: argparse.Namespace) -> None:
 
 def bench_data(arguments: argparse.Namespace) -> None:
     """Time reading, tokenizing and storing a corpus, beside the tokenizers library alone, in turns; and its memory."""
-    from moect.bench.data import Options, default_workers, run
+    from moect.bench.data import Options, run
+    from moect.processes import available_cores
 
-    workers = arguments.workers or default_workers()
+    workers = arguments.workers or available_cores()
     names = ("text", "tokenizer", "megabytes", "rounds", "seed", "output")
     run(Options(workers=workers, **{name: getattr(arguments, name) for name in names}))
 

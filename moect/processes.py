@@ -26,17 +26,16 @@ def available_cores() -> int:
 
 
 def map_in_order(
-    call: Callable[[Item], Result], items: Iterable[Item], workers: int, begin: Callable, what: object, lost: str
+    call: Callable[[Item], Result], items: Iterable[Item], workers: int, lost: str
 ) -> Iterator[tuple[Item, Result]]:
     """Each item with what `call` makes of it in another process, in the order of the items.
 
     The items are read no further ahead than keeps the processes busy.
 
     Args:
-        call: a function of a module.
+        call: travels to each process once.
         items: travel to the processes, as the results travel back.
         workers: number of processes.
-        begin, what: each process calls begin(what) once, before its first item.
         lost: the message when a process ended by itself.
 
     Raises:
@@ -44,12 +43,12 @@ def map_in_order(
     """
     # spawned: a fork would copy the locks of PyTorch's and the tokenizers' threads in whatever state they are
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(begin, what))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(call,))
     pending: deque = deque()
     try:
         for item in items:
             with without_main(), _uninterrupted():
-                pending.append((item, pool.submit(call, item)))
+                pending.append((item, pool.submit(_call, item)))
             if len(pending) > 2 * workers:
                 done, future = pending.popleft()
                 yield done, future.result()
@@ -95,12 +94,20 @@ def _uninterrupted() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _begin(begin: Callable, what: object) -> None:
+_what: Callable | None = None  # of a worker process: what it does with each item
+
+
+def _begin(call: Callable) -> None:
     """In the process: one thread, no answer to Ctrl-C, which the parent handles, and no life after the parent."""
+    global _what
+    _what = call
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    begin(what)
+
+
+def _call(item):
+    return _what(item)
 
 
 def _end_with_parent() -> None:

@@ -212,10 +212,18 @@ def test_linked_folders_are_read_and_links_that_lead_nowhere_are_refused(tmp_pat
     write(tmp_path / "web" / "a.txt", b"one")
     (tmp_path / "web" / "more").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "web")
+    (tmp_path / "web" / "again").symlink_to(tmp_path / "elsewhere")
     assert [d.text for d in read(tmp_path, "web")] == ["one", "two"]
     (tmp_path / "web" / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
     with pytest.raises(DataError, match=r"gone\.txt: is a link to a file that is not there"):
         read(tmp_path, "web")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "txt.zst"])
+def test_a_file_of_no_bytes_among_others_holds_no_document(tmp_path, kind):
+    (tmp_path / f"a.{kind}").write_bytes(b"")
+    write(tmp_path / "b.txt", b"one")
+    assert [d.text for d in read(tmp_path, "*")] == ["one"]
 
 
 def test_a_root_may_hold_characters_of_globs(tmp_path):

@@ -18,6 +18,7 @@ import pytest
 from data_helpers import WORDS, Words, write_corpus
 from tokenizers import Tokenizer, models
 
+from moect import processes
 from moect.data.reading import files, hub
 from moect.data.tokens import store_writer, tokenizing
 from moect.data.tokens.store import build_store
@@ -385,7 +386,7 @@ def test_a_killed_worker_is_one_line_and_the_same_command_goes_on(tmp_path, smal
     write_corpus(tmp_path / "c.jsonl", 100, seed=1)
     undisturbed = build(tmp_path, cache="other")
     monkeypatch.setattr(tokenizing, "ALONE", 4)
-    monkeypatch.setattr(tokenizing, "_tokenize", _die)
+    monkeypatch.setattr(processes, "_call", _die)
     with pytest.raises(DataError, match="a tokenizing process was killed, .*; the same command goes on"):
         build(tmp_path, workers=2)
     monkeypatch.undo()

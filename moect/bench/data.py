@@ -25,7 +25,6 @@ from moect.data.reading.numbers import LANGUAGES, number_in_words
 from moect.data.reading.sources import read_documents
 from moect.data_config import DataConfig, SourceConfig
 from moect.errors import ConfigError
-from moect.processes import available_cores
 from moect.tables import aligned
 
 LIBRARY, STORE = "tokenizers alone", "prepare (moect)"
@@ -115,11 +114,6 @@ def render(result: dict) -> str:
             ]
         )
     return aligned(["", "MB/s", "from-to", f"x {LIBRARY}", "peak MiB of all processes"], rows)
-
-
-def default_workers() -> int:
-    """As many as `moect prepare` takes."""
-    return available_cores()
 
 
 def _make_inputs(options: Options, folder: Path) -> tuple[Path, Path]:

@@ -111,22 +111,10 @@ def inspect_batches(inspector: Inspector, batches: Iterable[Batch], workers: int
         for batch in batches:
             yield batch, inspector(batch)
         return
-    yield from map_in_order(_inspect, batches, workers, _begin, inspector, KILLED)
+    yield from map_in_order(inspector, batches, workers, KILLED)
 
 
 def _keys(texts: list[str]) -> np.ndarray:
     import xxhash
 
     return np.array([xxhash.xxh3_64_intdigest(normalised(text).encode()) for text in texts], dtype=np.uint64)
-
-
-_inspector: Inspector | None = None  # of a worker process
-
-
-def _begin(inspector: Inspector) -> None:
-    global _inspector
-    _inspector = inspector
-
-
-def _inspect(batch: Batch) -> Noted:
-    return _inspector(batch)

@@ -96,10 +96,14 @@ def _files_below(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise error
 
-    files, seen = [], set()
+    files, seen = [], {os.path.realpath(folder)}
     for here, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        seen.add(os.path.realpath(here))
-        folders[:] = [name for name in folders if os.path.realpath(os.path.join(here, name)) not in seen]
+        places = {name: os.path.realpath(os.path.join(here, name)) for name in sorted(folders)}
+        folders.clear()
+        for name, place in places.items():
+            if place not in seen:  # links may lead round, or twice to one place
+                seen.add(place)
+                folders.append(name)
         files += [Path(here) / name for name in names]
     known = sorted(file for file in files if file.name.endswith(EXTENSIONS))
     if not known:
@@ -152,6 +156,8 @@ def size_of(file: Path) -> int:
 
 
 def _line_blocks(file: Path, place: Place, before: int) -> Iterator[Block]:
+    if not size_of(file):  # some decompressors take that for damage
+        return
     plain = file.name.removesuffix(".gz").removesuffix(".zst")
     kind = "txt" if plain.endswith(".txt") else "jsonl"
     number, at = place.record, place.byte

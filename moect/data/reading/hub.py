@@ -58,7 +58,7 @@ def identity(
         online: whether the hub may be asked; if not, the answer is None where nobody has asked before.
 
     Raises:
-        DataError: as `dataset_folder` and `read_rows`.
+        DataError: as `dataset_folder` and `dataset_blocks`.
     """
     if folder := dataset_folder(source, root):
         files = _builder(source, folder, None).config.data_files[source.split]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections import Counter
 from pathlib import Path
 
@@ -14,8 +13,6 @@ from moect.data_config import source_key
 from moect.errors import DataError
 from moect.locks import is_locked
 from moect.tables import aligned
-
-log = logging.getLogger("moect.data")
 
 SHOWN = 5  # bad documents of a source that are named on the screen; prepare.json names the first twenty
 ENGLISH = ("en", "eng", "english")

@@ -93,9 +93,9 @@ def build_store(
     folder = cache_folder / fingerprint
     try:
         store = _open(folder)
-        if store and StoreWriter.is_untidy(folder):
-            StoreWriter.tidy(folder)
-        if not store:
+        if store:
+            StoreWriter.tidy(folder)  # whoever made it may have been killed at the very end
+        else:
             locks = cache_folder / "locks"
             locks.mkdir(parents=True, exist_ok=True)
             with locked(locks / fingerprint, lambda: log.info("%s: another process tokenizes it; waiting", key)):

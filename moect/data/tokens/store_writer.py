@@ -69,7 +69,7 @@ class StoreWriter:
     def add(self, made: TokenBlock, after: Place, bytes_read: int) -> None:
         """Append a block's documents; reading goes on at `after`."""
         self._tokens.write(made.tokens.data)
-        names = [f"{name}\n".encode("utf-8", "replace") for name in made.ids]
+        names = [f"{name}\n".encode() for name in made.ids]
         rows = np.stack([made.lengths, made.sizes, np.fromiter(map(len, names), np.int64, len(names))], axis=1)
         self._documents.write(np.ascontiguousarray(rows).data)
         self._ids.write(b"".join(names))
@@ -126,11 +126,6 @@ class StoreWriter:
         with contextlib.suppress(OSError):  # somebody else's cache
             for name in (DOCUMENTS, JOURNAL):
                 (folder / name).unlink(missing_ok=True)
-
-    @staticmethod
-    def is_untidy(folder: Path) -> bool:
-        """Whether a store in its place still has that: its maker was killed at the very end."""
-        return (folder / JOURNAL).exists() or (folder / DOCUMENTS).exists()
 
     def _commit(self) -> None:
         for file in (self._tokens, self._documents, self._ids):

@@ -132,20 +132,7 @@ def tokenize_blocks(
     following = next(blocks, None)
     if following is None:
         return
-    following = itertools.chain([following], blocks)
-    yield from map_in_order(_tokenize, following, workers, _begin, tokenizer, KILLED)
-
-
-_tokenizer: BlockTokenizer | None = None  # of a worker process
-
-
-def _begin(tokenizer: BlockTokenizer) -> None:
-    global _tokenizer
-    _tokenizer = tokenizer
-
-
-def _tokenize(block: Block) -> TokenBlock:
-    return _tokenizer(block)
+    yield from map_in_order(tokenizer, itertools.chain([following], blocks), workers, KILLED)
 
 
 def _token_kinds(backend, model: dict) -> np.ndarray:
