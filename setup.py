@@ -16,6 +16,7 @@ setup(
         "backports.zstd>=1.8,<2; python_version < '3.14'",
         "datasets>=5,<6",
         "deepspeed>=0.19,<0.20",
+        "lm-eval>=0.4.13,<0.5",
         "matplotlib>=3.10,<4",
         "num2words>=0.5.14,<0.6",
         "numpy>=2,<3",

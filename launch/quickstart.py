@@ -19,7 +19,7 @@ from pathlib import Path
 from moect.data.reading.numbers import LANGUAGES, write_numbers
 from moect.data.vocabulary.tokenizer import train_tokenizer
 from moect.errors import MoectError
-from moect.monitor.compare import Comparison, compare
+from moect.monitor.reporting.compare import Comparison, compare
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 512

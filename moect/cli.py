@@ -101,7 +101,7 @@ def generate(arguments: argparse.Namespace) -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """Write report.md and its plots from what a run has logged."""
-    from moect.monitor.report import write_report
+    from moect.monitor.reporting.report import write_report
 
     print(f"wrote {write_report(arguments.run_folder)}")
 
@@ -124,8 +124,8 @@ def kernels(arguments: argparse.Namespace) -> None:
 
 def compare(arguments: argparse.Namespace) -> None:
     """Print the last measurements of several runs side by side."""
-    from moect.monitor.compare import MEASURES
-    from moect.monitor.compare import compare as compare_runs
+    from moect.monitor.reporting.compare import MEASURES
+    from moect.monitor.reporting.compare import compare as compare_runs
 
     comparison = compare_runs(arguments.run_folders)
     print(f"{MEASURES[comparison.measure]}\n\n{comparison.table()}")

@@ -19,6 +19,7 @@ import yaml
 from moect.data_config import DataConfig, check_data
 from moect.errors import ConfigError
 from moect.moe_config import MoeConfig, option
+from moect.monitor_config import MonitorConfig, check_monitor
 
 STRICT = {"extra": "forbid"}  # unknown keys are errors
 
@@ -100,17 +101,6 @@ class TrainConfig:
     save_every: int = option(500, "steps between two checkpoints; the last step always makes one")
     keep_last: int = option(3, "checkpoints to keep; 0: all")
     stop_after: int | None = option(None, "stop with a checkpoint after this step, as if interrupted; resume goes on")
-
-
-@dataclass
-class MonitorConfig:
-    """The forgetting monitor, which runs before the first step and at every checkpoint."""
-
-    __pydantic_config__ = STRICT
-    enabled: bool = option(True, "measure at all")
-    window: int | None = option(None, "tokens of context and target at once; null: data.sequence_length")
-    stride: int | None = option(None, "tokens scored per window of a longer document; null: half a window")
-    batch_size: int = option(16, "windows a rank scores at once")
 
 
 @dataclass
@@ -368,7 +358,6 @@ def _check(config: RunConfig) -> None:
         raise ValueError("`loss.gate` is 0: the language gate would never learn which language is which")
     for section, values, names in (
         ("train", train, ("steps", "batch_size", "micro_batch", "log_every", "save_every", "stop_after")),
-        ("monitor", config.monitor, ("window", "stride", "batch_size")),
         ("lora", config.lora, ("rank",)),
     ):
         for name in names:
@@ -400,6 +389,7 @@ def _check(config: RunConfig) -> None:
             "`train.micro_batch: 1`, or use sdpa"
         )
     check_data(data)
+    check_monitor(config.monitor, data)
     roles = {data.languages[source.lang] for source in data.train}
     if config.method == "moe-ct" and config.moe.language_gate and roles != {"old", "new"}:
         raise ValueError("`moe.language_gate` learns from both roles: `data.train` needs old and new languages")

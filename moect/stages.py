@@ -269,7 +269,7 @@ def _is_base(config: RunConfig, later: list[RunConfig]) -> bool:
 def _conclude(config: RunConfig, later: list[RunConfig]) -> bool:
     """Export a stage if it is a base, and report on it; False if it is not finished."""
     from moect.export.merged import export_run
-    from moect.monitor.report import write_report
+    from moect.monitor.reporting.report import write_report
 
     finished = _ended(config)
     if finished and _is_base(config, later) and not Path(_export(config)).exists():

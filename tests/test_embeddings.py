@@ -18,8 +18,8 @@ from moect.model import ForwardRecord, MoeConfig, append_moe, base_only, losses,
 from moect.model.build import build_model, parameter_counts
 from moect.model.embeddings import append_rows, logits_of, rows_of
 from moect.model.flops import training_flops_per_token
-from moect.monitor.score import score
-from moect.monitor.windows import TokenisedDocument
+from moect.monitor.measuring.score import score
+from moect.monitor.measuring.windows import TokenisedDocument
 
 V = 96
 CHOSEN = [5, 7, 50, 95]

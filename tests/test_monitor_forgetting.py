@@ -15,10 +15,10 @@ from moect.data.reading.evaluation import EvaluationDocument, EvaluationText
 from moect.errors import ConfigError, DataError, TrainingError
 from moect.model import MoeConfig, append_moe, base_only
 from moect.monitor.forgetting import ForgettingMonitor
-from moect.monitor.measures import bits_per_byte, gain, retention
+from moect.monitor.measuring.measures import bits_per_byte, gain, retention
+from moect.monitor.measuring.score import score
+from moect.monitor.measuring.windows import tokenise
 from moect.monitor.rows import read_rows
-from moect.monitor.score import score
-from moect.monitor.windows import tokenise
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from monitor_texts import run_config
 
 from moect.config import config_to_yaml
 from moect.errors import ConfigError
-from moect.monitor.report import read_log, write_report
+from moect.monitor.reporting.report import read_log, write_report
 from moect.monitor.rows import replace_rows
 
 

@@ -8,9 +8,9 @@ from monitor_texts import documents, make_tokenizer
 from tiny import disturb, tiny_model
 
 from moect.model import ForwardRecord, MoeConfig, append_moe
-from moect.monitor.routing import RoutingMeter
-from moect.monitor.score import score
-from moect.monitor.windows import tokenise
+from moect.monitor.measuring.routing import RoutingMeter
+from moect.monitor.measuring.score import score
+from moect.monitor.measuring.windows import tokenise
 
 E, K, L = 4, 2, 3
 GROUPS = [0, 1, 0, 1, 1, 0, 1, 0]

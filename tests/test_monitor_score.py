@@ -16,8 +16,8 @@ from moect.data.reading.evaluation import EvaluationDocument
 from moect.errors import DataError
 from moect.model import MoeConfig, append_moe
 from moect.monitor import score as score_module
-from moect.monitor.score import score
-from moect.monitor.windows import TokenisedDocument, cut_windows, tokenise
+from moect.monitor.measuring.score import score
+from moect.monitor.measuring.windows import TokenisedDocument, cut_windows, tokenise
 
 WINDOW, STRIDE = 16, 6
 

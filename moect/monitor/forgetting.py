@@ -20,12 +20,12 @@ from moect.data.reading.evaluation import EvaluationText
 from moect.distributed import on_main
 from moect.errors import ConfigError, DataError, TrainingError
 from moect.model.append import modules_of
-from moect.monitor.measures import bits_per_byte, gain, retention
-from moect.monitor.routing import RoutingMeter
+from moect.monitor.measuring.measures import bits_per_byte, gain, retention
+from moect.monitor.measuring.routing import RoutingMeter
+from moect.monitor.measuring.score import Score, score
+from moect.monitor.measuring.windows import TokenisedDocument, tokenise
+from moect.monitor.reporting.table import render_table
 from moect.monitor.rows import Row, read_rows, replace_rows, write_atomically
-from moect.monitor.score import Score, score
-from moect.monitor.table import render_table
-from moect.monitor.windows import TokenisedDocument, tokenise
 
 log = logging.getLogger("moect.monitor")
 

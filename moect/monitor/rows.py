@@ -1,8 +1,19 @@
 """monitor/forgetting.jsonl: one JSON object a checkpoint, language and domain.
 
-Keys of a row: step, lang, role, domain, bits_per_byte, base_bits_per_byte, delta (model - base), retention (old
-languages) or gain (new ones), bytes, documents; where the text has answers exact_match and base_exact_match; where the
-model has a module expert_load (block by block, share of each expert) and gate, with a language gate also open_share.
+    step, lang, role, domain, documents, bytes
+    bits_per_byte, base_bits_per_byte, delta (model - base); retention (old languages) or gain (new ones)
+    bits_per_byte_low, bits_per_byte_high and so on for delta, retention, gain   95% intervals, if there are any
+    exact_match, base_exact_match                        where the text has answers
+    exact                                                the logits beside the base's, where they were compared:
+        documents, identical_documents, low, high        of the share of documents, a 95% interval
+        tokens, identical_tokens                         predictions whose logits are the base's bit for bit
+        top1_agreement, kl, max_logit_difference         kl(base || model) in bits per token
+        by_length                                        list of {from, to (tokens), documents, identical_documents,
+                                                         low, high}; `to` null in the last
+    blocks, expert_load (L, E), load_entropy (L), router_entropy (L), gate, gate_by_block (L), open_share
+                                                         where the model has a module; see `Routing`
+
+monitor/tasks.jsonl has one a checkpoint and task, monitor/samples.jsonl one a checkpoint and sample.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from moect.config import RunConfig, load_config
 from moect.errors import ConfigError
-from moect.monitor.plots import plot_forgetting, plot_last, plot_loss
+from moect.monitor.reporting.plots import plot_forgetting, plot_last, plot_loss
+from moect.monitor.reporting.table import percent
 from moect.monitor.rows import FILE_NAME, Row, read_rows, write_atomically
-from moect.monitor.table import percent
 
 log = logging.getLogger("moect.monitor")
 

@@ -20,8 +20,8 @@ from moect.model.append import RECORD, is_appended
 from moect.model.embeddings import logits_of
 from moect.model.losses import CHUNK_ELEMENTS
 from moect.model.record import ForwardRecord
-from moect.monitor.routing import RoutingMeter
-from moect.monitor.windows import TokenisedDocument, Window, cut_windows
+from moect.monitor.measuring.routing import RoutingMeter
+from moect.monitor.measuring.windows import TokenisedDocument, Window, cut_windows
 
 
 @dataclass

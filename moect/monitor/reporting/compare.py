@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moect.errors import DataError
-from moect.monitor.plots import plot_comparison
+from moect.monitor.reporting.plots import plot_comparison
 from moect.monitor.rows import Row, read_rows
 
 MEASURES = {
