@@ -15,7 +15,7 @@ from tiny import disturb, tiny_model
 from moect.data.reading.evaluation import EvaluationDocument
 from moect.errors import DataError
 from moect.model import MoeConfig, append_moe
-from moect.monitor import score as score_module
+from moect.monitor.measuring import score as score_module
 from moect.monitor.measuring.score import score
 from moect.monitor.measuring.windows import TokenisedDocument, cut_windows, tokenise
 
