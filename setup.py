@@ -11,17 +11,24 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["moect", "moect.*"]),
-    package_data={"moect.dispatch": ["csrc/*"], "moect.bench": ["*.cpp"]},  # compiled where they are used
+    package_data={
+        "moect.dispatch": ["csrc/*"],  # compiled where they are used, as is the next
+        "moect.bench": ["*.cpp"],
+        "moect.monitor.tasks": ["files/*"],
+        "moect.monitor.reporting": ["templates/*"],
+    },
     install_requires=[
         "backports.zstd>=1.8,<2; python_version < '3.14'",
         "datasets>=5,<6",
         "deepspeed>=0.19,<0.20",
+        "jinja2>=3.1,<4",
         "lm-eval>=0.4.13,<0.5",
         "matplotlib>=3.10,<4",
         "num2words>=0.5.14,<0.6",
         "numpy>=2,<3",
         "orjson>=3.11,<4",
         "peft>=0.21,<0.22",
+        "pillow>=11,<14",
         "psutil>=7,<8",
         "py3langid>=0.4,<0.5",
         "pyarrow>=21,<27",

@@ -86,11 +86,11 @@ def _quickstart(folder: Path, seed: int, quick: bool) -> None:
     runs = [folder / name for name in ("full", "full-replay", "moe-ct")]
     for run in runs:
         _moect("report", str(run.relative_to(ROOT) if run.is_relative_to(ROOT) else run), quiet=True)
-    comparison = compare(runs)
+    comparison = compare(runs, last=True)  # at equal steps
     _write_report(folder, comparison, seed)
-    documents = {text[3] for text in comparison.texts}
+    documents = {text["documents"] for text in comparison.texts}
     print(f"\nExact match in % on {_span(documents)} held-out numbers a language, seed {seed}\n")
-    print(comparison.table())
+    print(f"{comparison.table()}\n\n{comparison.overview()}")
     print(f"\n{CAVEATS}\n")
     print(f"Report: {shown}/report.md    plot: {shown}/comparison.png    exported model: {shown}/moe-ct/export")
 
@@ -137,7 +137,13 @@ Exact match in % on held-out numbers, before (base) and after each method; seed 
 
 {comparison.table(markdown=True)}
 
-![exact match by language and method](comparison.png)
+In bits per byte, and what it took:
+
+{comparison.overview(markdown=True)}
+
+{comparison.definitions(markdown=True)}
+
+![what the old languages lost and the new ones gained, by method and by language](comparison.png)
 
 {CAVEATS}
 

@@ -84,6 +84,22 @@ def prepare(arguments: argparse.Namespace) -> None:
         print("\n".join(told), flush=True)
 
 
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Measure a checkpoint of a run as its training would have, and add the results to the run's."""
+    from moect.evaluate import evaluate_run
+
+    failed = True
+    try:
+        evaluation = evaluate_run(arguments.run_folder, arguments.checkpoint, arguments.overrides)
+        failed = False
+    finally:
+        from moect import distributed
+
+        distributed.stop(failed)
+    if distributed.is_main():
+        _tell_evaluation(evaluation)
+
+
 def export(arguments: argparse.Namespace) -> None:
     """Write a run's model as a Hugging Face directory."""
     from moect.export.merged import export_run
@@ -100,10 +116,11 @@ def generate(arguments: argparse.Namespace) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Write report.md and its plots from what a run has logged."""
+    """Write report.html, report.md and their plots from what a run has logged and measured."""
     from moect.monitor.reporting.report import write_report
 
-    print(f"wrote {write_report(arguments.run_folder)}")
+    for path in write_report(arguments.run_folder):
+        print(f"wrote {path}")
 
 
 def kernels(arguments: argparse.Namespace) -> None:
@@ -123,12 +140,16 @@ def kernels(arguments: argparse.Namespace) -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Print the last measurements of several runs side by side."""
-    from moect.monitor.reporting.compare import MEASURES
+    """Put runs side by side: what each gained, lost and cost, and every held-out text."""
+    from moect.monitor.reporting.compare import check_output
     from moect.monitor.reporting.compare import compare as compare_runs
 
-    comparison = compare_runs(arguments.run_folders)
-    print(f"{MEASURES[comparison.measure]}\n\n{comparison.table()}")
+    if arguments.output:
+        check_output(arguments.output)
+    comparison = compare_runs(arguments.run_folders, arguments.last, arguments.group)
+    print(comparison.render(arguments.markdown))
+    if arguments.output:
+        print(f"\nwrote {comparison.write(arguments.output)}")
 
 
 def bench_dispatch(arguments: argparse.Namespace) -> None:
@@ -154,6 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="moect", description="Teach an LLM new languages without losing what it knows."
     )
+    _take_local_rank(parser)  # where the launcher runs this file as a module, it puts it first
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(function, **kwargs) -> argparse.ArgumentParser:
@@ -169,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--config", required=True, type=Path, help="YAML file; docs/configuration.md lists all keys")
         made.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace single values of the file")
         if function is train:
-            made.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # from the launcher
+            _take_local_rank(made)
         elif function is prepare:
             made.add_argument("--workers", type=_positive, help="processes that tokenize (default: the cores)")
             made.add_argument(
@@ -185,9 +207,16 @@ def _parser() -> argparse.ArgumentParser:
             made.add_argument("--gpu", metavar="NAME", help="the ranks' GPU, as 'RTX 4090' or H100: adds fit and time")
             made.add_argument("--mfu", type=_share, default=0.35, help="share of its arithmetic used (default 0.35)")
 
+    made = command(evaluate)
+    made.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run")
+    made.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="monitor.* and data.evaluation, over the run's"
+    )
+    made.add_argument("--checkpoint", metavar="step-N", help="default: the one that would be exported")
+
     made = command(export)
     made.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run")
-    made.add_argument("--checkpoint", metavar="step-N", help="default: the newest undamaged one")
+    made.add_argument("--checkpoint", metavar="step-N", help="default: the best within monitor.max_forgetting")
     made.add_argument("--output", type=Path, help="default: RUN/export")
     made.add_argument("--dtype", choices=("auto", "fp32", "bf16"), help="default: export.dtype of the run")
 
@@ -202,7 +231,15 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run")
 
     made = command(compare)
-    made.add_argument("run_folders", type=Path, nargs="+", metavar="RUN", help="folders of runs on the same texts")
+    made.add_argument("run_folders", type=Path, nargs="+", metavar="RUN", help="folders of runs on one base")
+    made.add_argument(
+        "--last", action="store_true", help="the last checkpoint of each (default: the best within budget)"
+    )
+    made.add_argument(
+        "--group", choices=("config", "name"), help="mean and deviation over runs that differ in their seed"
+    )
+    made.add_argument("--markdown", action="store_true", help="tables as Markdown")
+    made.add_argument("--output", type=Path, metavar="FILE", help="also write .png, .md or .json; never over a file")
 
     made = command(kernels)
     made.add_argument("devices", nargs="*", metavar="cpu|cuda", help="for which (default cpu)")
@@ -213,6 +250,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_bench_dispatch(parts)
     _add_bench_data(parts)
     return parser
+
+
+def _take_local_rank(parser: argparse.ArgumentParser) -> None:
+    """The launcher says it a second time, beside the environment."""
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
 def _add_bench_dispatch(parts) -> None:
@@ -257,6 +299,15 @@ def _add_bench_data(parts) -> None:
     made.add_argument("--rounds", type=_positive, default=3, help="of both (default 3)")
     made.add_argument("--seed", type=int, default=0, help="of text and order (default 0)")
     made.add_argument("--output", type=Path, metavar="FILE.json", help="write all numbers there; never over a file")
+
+
+def _tell_evaluation(evaluation) -> None:
+    from moect.monitor.reporting.report import write_report
+    from moect.monitor.reporting.table import render_table
+
+    print(f"{evaluation.checkpoint}\n\n{render_table(evaluation.rows)}\n\nwrote {evaluation.folder}")
+    for path in write_report(evaluation.folder.parent):
+        print(f"wrote {path}")
 
 
 def _positive(text: str) -> int:

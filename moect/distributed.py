@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moect.errors import MoectError, TrainingError
+from moect.errors import MoectError, RankLost, TrainingError
 
 TIMEOUT = timedelta(minutes=30)
 _works = itertools.count()  # pieces of work that the main rank did for all
@@ -103,6 +103,42 @@ def on_main(work: Callable[[], Any]) -> Any:
     if failure is not None:
         failure.told_by_main_rank = not is_main()
         raise failure
+    return result
+
+
+def together(work: Callable[[], Any], divided: bool = False) -> Any:
+    """Do this rank's part of something, without waiting for other ranks, and return what it gives; if it fails on one
+    rank it has failed on all.
+
+    Args:
+        work: this rank's part.
+        divided: the work holds collectives of its own (ZeRO-3). Then the others cannot be told of a failure.
+
+    Raises:
+        Exception: of this rank's work, as it was.
+        TrainingError: the work of another rank failed.
+        RankLost: it failed while `divided`: the other ranks wait for this one, which must end.
+    """
+    failure = result = None
+    try:
+        result = work()
+    except Exception as error:  # whatever it is, the others must know
+        failure = error
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        if failure:
+            raise failure
+        return result
+    if divided:
+        if failure:
+            raise RankLost(f"rank {dist.get_rank()}: {type(failure).__name__}: {failure}") from failure
+        return result
+    said = [None] * dist.get_world_size()
+    dist.all_gather_object(said, failure and f"{type(failure).__name__}: {failure}")
+    if failure:
+        raise failure
+    for rank, text in enumerate(said):
+        if text:
+            raise TrainingError(f"rank {rank}: {text}")
     return result
 
 

@@ -25,6 +25,14 @@ class TrainingError(MoectError):
     """A run that cannot go on by itself."""
 
 
+class RankLost(TrainingError):
+    """A failure on one rank of which the others cannot be told: they wait for it, so it must end."""
+
+
+class ForgettingError(TrainingError):
+    """An old language lost more than it may, and the configuration says that the run ends then."""
+
+
 class DispatchError(MoectError, ValueError):
     """Shapes, dtypes or indices that the expert kernels cannot take."""
 

@@ -100,6 +100,8 @@ def check_monitor(monitor: MonitorConfig, data: DataConfig) -> None:
         raise ValueError(f"`monitor.replay_factor` is {monitor.replay_factor}: it must be above 1")
     if not 0 < monitor.max_replay < 1:
         raise ValueError(f"`monitor.max_replay` is {monitor.max_replay}: it must lie between 0 and 1")
+    if monitor.tasks and not data.evaluation:
+        raise ValueError("`monitor.tasks` are measured beside held-out text: add some to `data.evaluation`")
     for i, task in enumerate(monitor.tasks):
         _check_task(task, f"`monitor.tasks[{i}]`", data)
     _check_budget(monitor, data)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import nn
 
 from moect.config import RunConfig, unused_keys
@@ -12,6 +14,7 @@ from moect.model.build import parameter_counts
 from moect.model.embeddings import describe_rows
 from moect.model.flops import training_flops_per_token
 from moect.model.losses import CHUNK_ELEMENTS
+from moect.monitor.measuring.cost import USUAL_SHARE, monitor_cost
 from moect.train.memory import memory_per_rank
 from moect.train.meters import Gpu, duration, find_gpu
 
@@ -26,6 +29,7 @@ def make_plan(
     gpu: str | None = None,
     mfu: float = 0.35,
     samples: list[dict] | None = None,
+    held_out: list[list[int]] | str | None = None,
 ) -> dict:
     """Derived numbers of a run.
 
@@ -37,6 +41,8 @@ def make_plan(
         gpu: name of the GPU that each rank will have; adds whether the run fits it, and its time.
         mfu: share of the GPU's arithmetic that the time assumes.
         samples: rows to look at, of `Loader.samples()` or `planned_data`.
+        held_out: what the monitor reads, of `token_lengths` or `planned_lengths`: tokens of the documents of each text,
+            or why they are not known; None or empty: it reads nothing.
 
     Raises:
         ConfigError: a GPU that is not in the table.
@@ -62,6 +68,7 @@ def make_plan(
         "flops_per_token": flops,
         "flops": flops * tokens_per_step * train.steps,
         "memory_per_rank": memory_per_rank(config, model, world_size),
+        "monitor": _monitor(config, model, held_out, flops),
         "rows": _rows(data),
         "mixture": mixture,
         "samples": samples or [],
@@ -69,6 +76,14 @@ def make_plan(
     if gpu:
         plan |= _on_gpu(plan, config, *find_gpu(gpu), mfu)
     return plan
+
+
+def _monitor(config: RunConfig, model: nn.Module, held_out: list[list[int]] | str | None, flops: int) -> dict | None:
+    if not held_out or not config.monitor.enabled:
+        return None
+    if isinstance(held_out, str):
+        return {"unknown": held_out}
+    return monitor_cost(config, model, held_out, flops)
 
 
 def _on_gpu(plan: dict, config: RunConfig, name: str, gpu: Gpu, mfu: float) -> dict:
@@ -125,6 +140,8 @@ def render(plan: dict) -> str:
     ]
     if "gpu" in plan:
         rows.append(("time", _time(plan)))
+    if plan["monitor"]:
+        rows += [("" if number else "monitor", line) for number, line in enumerate(_monitor_lines(plan["monitor"]))]
     if plan["unused_keys"]:
         rows.append(("not used", f"{', '.join(plan['unused_keys'])} (they say nothing for this configuration)"))
     lines = [f"{name:<14} {text}".rstrip() for name, text in rows]
@@ -206,6 +223,26 @@ def _time(plan: dict) -> str:
         f"{duration(plan['seconds'])} on {plan['ranks']} x {plan['gpu']} at an assumed {100 * plan['mfu']:g}% MFU "
         f"({hours:,.{0 if hours >= 10 else 1}f} GPU hours)"
     )
+
+
+def _monitor_lines(cost: dict) -> list[str]:
+    """What a measurement costs, in words, and what to do about one that costs too much."""
+    if "unknown" in cost:
+        return [f"its cost is not known: {cost['unknown']}"]
+    base = f", {_si(cost['base_tokens'])} of the base's" if cost["base_tokens"] else ""
+    lines = [
+        f"a checkpoint: {_si(cost['tokens'])} tokens of the model's{base}, {cost['passes']:,} passes; "
+        f"{_si(cost['flops'])}FLOP",
+        f"{100 * cost['share']:.1f}% of the training's in the {cost['every']:,} steps between; samples and tasks not "
+        "counted",
+    ]
+    if cost["share"] > USUAL_SHARE:
+        enough = math.ceil(cost["every"] * cost["share"] / USUAL_SHARE)
+        lines.append(
+            f"more than the usual {100 * USUAL_SHARE:g}%: lower data.evaluation[].limit or monitor.compare, or raise "
+            f"train.save_every to {enough:,}"
+        )
+    return lines
 
 
 def _known(value, form: str = "{}") -> str:

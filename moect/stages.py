@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from moect.config import RunConfig, config_from_dict, load_config, override_value, read_values
-from moect.errors import ConfigError, DataError, MoectError
+from moect.errors import ConfigError, DataError, ForgettingError, MoectError
 
 log = logging.getLogger("moect.stages")
 
@@ -76,6 +76,7 @@ def run_stages(stages: list[RunConfig]) -> None:
     A stage that stops early (`train.stop_after`) ends the sequence.
 
     Raises:
+        ForgettingError: a stage forgot more than it may, and is to end then.
         MoectError: whatever the user can put right; a missing file, or a batch that does not divide, of any stage
             before the first.
     """
@@ -95,7 +96,11 @@ def run_stages(stages: list[RunConfig]) -> None:
             if distributed.is_main():
                 print(f"{config.folder}: finished before{_changed_since(config)}", flush=True)
         else:
-            train(config)
+            try:
+                train(config)
+            except ForgettingError:  # what led there is in the report
+                distributed.on_main(partial(_conclude, config, []))
+                raise
             gc.collect()  # the engine's cycles hold the model of this stage
         if not distributed.on_main(partial(_conclude, config, later)):
             return
@@ -113,6 +118,7 @@ def plan_stages(stages: list[RunConfig], ranks: int, gpu: str | None = None, mfu
     """
     from moect.data.batches.loader import check_division, planned_data
     from moect.model.build import build_model
+    from moect.monitor.measuring.cost import planned_lengths
     from moect.plan import make_plan
     from moect.train.meters import find_gpu
     from moect.train.token_rows import planned_rows
@@ -134,7 +140,8 @@ def plan_stages(stages: list[RunConfig], ranks: int, gpu: str | None = None, mfu
         data = planned_data(planned, tokenizers[which], cache)
         known = planned_rows(planned, tokenizers[which], cache)
         model = build_model(planned, meta=True, **known)
-        plan = make_plan(planned, model, data.records, ranks, gpu, mfu, data.samples)
+        held_out = planned_lengths(planned, tokenizers[which], cache) if planned.monitor.enabled else None
+        plan = make_plan(planned, model, data.records, ranks, gpu, mfu, data.samples, held_out)
         if plan["embeddings"] and len(known) < _unknowns(planned):
             plan["embeddings"]["at_most"] = True
         if planned is not config:
@@ -275,7 +282,8 @@ def _conclude(config: RunConfig, later: list[RunConfig]) -> bool:
     if finished and _is_base(config, later) and not Path(_export(config)).exists():
         print(f"wrote {export_run(config.folder)}", flush=True)
     try:
-        print(f"wrote {write_report(config.folder)}", flush=True)
+        for path in write_report(config.folder):
+            print(f"wrote {path}", flush=True)
     except MoectError as error:  # no reason to hold the training up
         log.warning("no report: %s", error)
     if not finished and later:
@@ -388,8 +396,9 @@ def _check_origin(config: RunConfig, earlier: list[RunConfig], where: str) -> No
 
 def _check_files(stages: list[RunConfig], held_out: bool = False) -> None:
     """The files of every stage that is still to run are there, before hours are spent on the first; those of held-out
-    text where it is measured on, or wanted all the same."""
+    text, and the tasks, where they are measured on, or wanted all the same."""
     from moect.data.reading.sources import resolve_files
+    from moect.monitor.tasks.sources import check_tasks
 
     for config in stages:
         if config.resume == "auto" and _ended(config):
@@ -397,3 +406,5 @@ def _check_files(stages: list[RunConfig], held_out: bool = False) -> None:
         for source in (*config.data.train, *(config.data.evaluation if held_out or config.monitor.enabled else ())):
             if source.path:
                 resolve_files(source.path, config.data.root)
+        if config.monitor.enabled:
+            check_tasks(config)

@@ -14,14 +14,16 @@ import sys
 import weakref
 
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moect import distributed
 from moect.config import load_config
-from moect.train import engine
+from moect.train import engine, meters
 from moect.train.loop import Run
 
+BLOCK = 100_000_000  # bytes
 STEPS = 2  # the second has all of the optimizer's state
 
 
@@ -77,9 +79,19 @@ def measure(path: str, rank: int, world_size: int) -> dict:
         for _ in range(STEPS):
             run._train_step()
         found = {"peak": live.peak - before, "planned": run.plan["memory_per_rank"]}
+    found["processes"], found["greatest"] = _process_peaks(rank, world_size)
     del _torch_optimizer(run.engine).step
     run.close()
     return found
+
+
+def _process_peaks(rank: int, world_size: int) -> tuple[list[int], int]:
+    """The peak of every rank's process when each has taken more than the one before, and the greatest as it is told."""
+    meters.reset_peak_memory(torch.device("cpu"))
+    torch.ones((rank + 1) * BLOCK, dtype=torch.uint8)
+    own = [0] * world_size
+    dist.all_gather_object(own, meters.peak_memory(torch.device("cpu")))
+    return own, meters.greatest_peak_memory(torch.device("cpu"))
 
 
 def _torch_optimizer(deepspeed_engine) -> torch.optim.Optimizer:

@@ -49,6 +49,7 @@ def run_config(**sections) -> RunConfig:
         "data": {
             "languages": {"en": "old", "cy": "new"},
             "train": [{"path": "en.txt", "lang": "en"}, {"path": "cy.txt", "lang": "cy"}],
+            "evaluation": [{"path": "en.test.txt", "lang": "en"}, {"path": "cy.test.txt", "lang": "cy"}],
             "sequence_length": 16,
         },
         "train": {"precision": "fp32", "steps": 20},

@@ -138,14 +138,15 @@ def assert_same_bits(run: Path, other: Path, step: int) -> None:
     assert any(name.startswith("optimizer:exp_avg_sq.") and tensor.any() for name, tensor in mine.items())
 
 
-def start(path: Path, ranks: int = 0, *overrides: str) -> subprocess.Popen:
-    """launch/train.py on a configuration file: on `ranks` ranks by DeepSpeed's launcher, or in a plain python (0)."""
+def start(path: Path, ranks: int = 0, *overrides: str, script: Path | None = None) -> subprocess.Popen:
+    """launch/train.py, or another script, on a configuration file: on `ranks` ranks by DeepSpeed's launcher, or in a
+    plain python (0)."""
     if ranks:
         launcher = Path(sys.executable).parent / "deepspeed"
         command = [launcher, "--num_accelerators", str(ranks), "--master_port", str(free_port())]
     else:
         command = [sys.executable]
-    command += [REPOSITORY / "launch" / "train.py", "--config", path, *overrides]
+    command += [script or REPOSITORY / "launch" / "train.py", "--config", path, *overrides]
     launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by trainings in this process
     env = {name: value for name, value in os.environ.items() if name not in launched}
     env |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
@@ -154,9 +155,9 @@ def start(path: Path, ranks: int = 0, *overrides: str) -> subprocess.Popen:
     return subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 
-def launch(path: Path, ranks: int = 0, *overrides: str, code: int = 0) -> tuple[str, str]:
+def launch(path: Path, ranks: int = 0, *overrides: str, code: int = 0, script: Path | None = None) -> tuple[str, str]:
     """What a launched training writes to stdout and stderr; its exit code must be `code`."""
-    process = start(path, ranks, *overrides)
+    process = start(path, ranks, *overrides, script=script)
     out, err = process.communicate(timeout=300)
     assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
     return out, err

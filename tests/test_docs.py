@@ -20,6 +20,7 @@ from moect.cli import _parser
 from moect.config import RunConfig, config_from_dict, config_to_yaml, load_config, unused_keys
 from moect.config_reference import COMMAND, PAGE, keys, reference
 from moect.data_config import FilterConfig
+from moect.monitor_config import TaskConfig
 from moect.stages import load_stages
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,6 +150,7 @@ def test_every_key_of_a_written_out_configuration_has_a_line_with_its_help():
     for name in ("train", "evaluation"):
         wanted |= {f"data.{name}[].{key}" for key in config["data"][name][0]}
         wanted |= {f"data.{name}[].filter.FIELD.{f.name}" for f in dataclasses.fields(FilterConfig)}
+    wanted |= {f"monitor.tasks[].{f.name}" for f in dataclasses.fields(TaskConfig)}
     assert {key for key, _ in lines} == wanted and len(lines) == len(wanted) > 60
     assert dict(lines)["loss.z"] == "weight of the router z-loss"
 

@@ -18,6 +18,7 @@ from moect.monitor.forgetting import ForgettingMonitor
 from moect.monitor.measuring.measures import bits_per_byte, gain, retention
 from moect.monitor.measuring.score import score
 from moect.monitor.measuring.windows import tokenise
+from moect.monitor.reporting.table import render_table
 from moect.monitor.rows import read_rows
 
 
@@ -68,10 +69,12 @@ def test_rows_hold_what_the_scores_say(make_monitor, tokenizer, tmp_path):
     disturb(model)
     rows = monitor.measure(model, step=7)
     common = ["step", "lang", "role", "domain", "bits_per_byte", "base_bits_per_byte", "delta"]
-    exact, module = ["exact_match", "base_exact_match"], ["expert_load", "gate"]
-    assert list(rows[0]) == [*common, "retention", "bytes", "documents", *module]
-    assert list(rows[1]) == [*common, "gain", "bytes", "documents", *module]
-    assert list(rows[2]) == [*common, "gain", "bytes", "documents", *exact, *module]
+    bounds = lambda *names: [f"{name}_{end}" for name in names for end in ("low", "high")]  # noqa: E731
+    common += ["bytes", "documents", *bounds("bits_per_byte", "delta")]
+    module = ["expert_load", "blocks", "load_entropy", "router_entropy", "gate", "gate_by_block"]
+    assert set(rows[0]) == {*common, "retention", *bounds("retention"), *module}
+    assert set(rows[1]) == {*common, "gain", *bounds("gain"), *module}
+    assert set(rows[2]) == {*common, "gain", *bounds("gain"), *module, "exact_match", "base_exact_match"}
     for row, text in zip(rows, evaluation_texts(), strict=True):
         documents = tokenise(tokenizer, text.documents)
         scores = score(model, documents, window=16, stride=8, batch_size=2)
@@ -84,6 +87,8 @@ def test_rows_hold_what_the_scores_say(make_monitor, tokenizer, tmp_path):
         assert row["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
         assert row["base_bits_per_byte"] == pytest.approx(base_bits, rel=1e-6)
         assert row["delta"] == row["bits_per_byte"] - row["base_bits_per_byte"] != 0
+        for name in ("bits_per_byte", "delta", "retention" if text.role == "old" else "gain"):
+            assert row[f"{name}_low"] < row[name] < row[f"{name}_high"]
     assert rows[0]["retention"] == rows[0]["base_bits_per_byte"] / rows[0]["bits_per_byte"]
     assert rows[1]["gain"] == 1 - rows[1]["bits_per_byte"] / rows[1]["base_bits_per_byte"]
     assert read_rows(tmp_path / "monitor") == rows
@@ -172,15 +177,19 @@ def test_a_row_takes_the_place_of_an_earlier_one_of_the_same_step_and_text(make_
     measure_base(monitor, model)
     zero = monitor.measure(model, step=0)
     before = monitor.measure(model, step=10)
-    assert monitor.has_rows(10) and not monitor.has_rows(20)
+    assert monitor.rows(10) == before and monitor.rows(20) is None
     more = EvaluationText("en", "old", "news", [EvaluationDocument("one two three")])
-    assert not make_monitor(texts=[*evaluation_texts(), more]).has_rows(10)  # a text that was added since
+    assert make_monitor(texts=[*evaluation_texts(), more]).rows(10) is None  # a text that was added since
     disturb(model)
     after = make_monitor().measure(model, step=10)  # a resumed run reaches the step again
     assert after != before
     lines = (tmp_path / "monitor" / "forgetting.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == zero + after
-    assert sorted(p.name for p in (tmp_path / "monitor").iterdir()) == ["base.json", "forgetting.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "monitor").iterdir()) == [
+        "base.json",
+        "forgetting.jsonl",
+        "samples.jsonl",
+    ]
 
 
 def test_a_damaged_row_is_an_error_that_names_its_line(make_monitor, tmp_path):
@@ -221,7 +230,7 @@ def test_table_is_aligned_and_has_each_roles_mean(make_monitor):
     measure_base(monitor, model)
     disturb(model)
     rows = monitor.measure(model, step=40)
-    lines = monitor.table(rows).splitlines()
+    lines = render_table(rows).splitlines()
     assert lines[0].startswith("step 40")
     assert [line.split()[:2] for line in lines[3:]] == [["en", "old"], ["cy", "new"], ["cy", "new"], ["mean", "new"]]
     ends = {name: lines[1].index(name) + len(name) for name in ("base", "model", "delta", "gain")}
@@ -236,26 +245,3 @@ def test_table_is_aligned_and_has_each_roles_mean(make_monitor):
     assert lines[6][: ends["gain"]].endswith(f"{100 * mean_gain:.2f}%")
     assert not lines[6][ends["base"] - 6 : ends["model"]].strip()  # bits per byte have no mean across languages
     assert "open" not in lines[1]
-
-
-def test_tensorboard_gets_every_figure_by_language_and_domain(make_monitor):
-    class Writer:
-        def __init__(self):
-            self.scalars = {}
-
-        def add_scalar(self, tag, value, step):
-            self.scalars[tag] = (value, step)
-
-    model, monitor, writer = make_model(), make_monitor(), Writer()
-    measure_base(monitor, model)
-    disturb(model)
-    rows = monitor.measure(model, step=40)
-    monitor.tensorboard(writer, rows, 40)
-    assert writer.scalars["monitor/en/held-out/bits_per_byte"] == (rows[0]["bits_per_byte"], 40)
-    assert writer.scalars["monitor/en/held-out/retention"] == (rows[0]["retention"], 40)
-    assert writer.scalars["monitor/cy/numbers/gain"] == (rows[2]["gain"], 40)
-    assert writer.scalars["monitor/cy/numbers/exact_match"] == (rows[2]["exact_match"], 40)
-    assert writer.scalars["routing/cy/held-out/gate"] == (rows[1]["gate"], 40)
-    greatest = max(max(load_E) for load_E in rows[1]["expert_load"]) * 3
-    assert writer.scalars["routing/cy/held-out/greatest_load"] == (greatest, 40)
-    assert len(writer.scalars) == 3 * 3 + 1 + 3 * 2

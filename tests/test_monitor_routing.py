@@ -92,7 +92,7 @@ def test_context_that_windows_repeat_is_counted_once(tokenised):
     meter = RoutingMeter(model := make_model(), GROUPS)
     score(model, tokenised, window=8, stride=2, batch_size=3, meter=meter)
     tokens_G = [sum(len(d.ids) - 1 for d, of in zip(tokenised, GROUPS, strict=True) if of == g) for g in (0, 1)]
-    assert meter.sums_G3[:, 0].tolist() == tokens_G
+    assert meter.tokens_GL.tolist() == [[n] * L for n in tokens_G]
     assert meter.assignments_GLE.sum(-1).tolist() == [[n * K] * L for n in tokens_G]
 
 

@@ -1,20 +1,27 @@
 """The numbers that a run announces, against counting."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 from small_runs import VOCABULARY
 from tiny import FAMILIES, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from moect.cli import main
 from moect.data.batches.loader import Loader
+from moect.data.reading import evaluation
+from moect.data.reading.evaluation import load_evaluation
 from moect.data.vocabulary.tokenizer import load_tokenizer
 from moect.model import losses
-from moect.model.append import modules_of
+from moect.model.append import base_only, modules_of
 from moect.model.build import build_model, parameter_counts
 from moect.model.flops import training_flops_per_token
+from moect.monitor.measuring.cost import count_passes, forward_flops, planned_lengths
+from moect.monitor.measuring.score import score
+from moect.monitor.measuring.windows import tokenise
 from moect.plan import make_plan, memory_per_rank, render
 from moect.train.loop import train
 from moect.train.meters import GPUS
@@ -229,3 +236,104 @@ def test_plan_of_a_run_is_printed_and_kept(place, capsys):
     assert plan["parameters"] == brute_force("moe-ct")
     assert [sample["lang"] for sample in plan["samples"]] == ["en", "cy"]
     assert render(plan) in capsys.readouterr().out
+
+
+def held_out(place, config):
+    """The monitor's documents, as tokens."""
+    texts = load_evaluation(config.data)
+    tokenizer = load_tokenizer(config.model)
+    return [tokenise(tokenizer, text.documents) for text in texts]
+
+
+def monitored(place, **monitor):
+    usual = {"enabled": True, "window": 8, "stride": 3, "batch_size": 1, "compare": 2, "samples": 0, "resamples": 0}
+    return place.config(moe={"fusion": "add"}, monitor=usual | monitor)
+
+
+def test_the_monitors_tokens_are_those_of_its_forward_passes(place, monkeypatch):
+    """A whole training: the base once, and at step 0 and both checkpoints the model and, where compared, the base."""
+    config = monitored(place)
+    lengths = planned_lengths(config, load_tokenizer(config.model), place.output / ".cache")
+    cost = make_plan(config, build_model(config, meta=True), [], 1, held_out=lengths)["monitor"]
+    read = []
+    plain = Qwen3Model.forward
+
+    def counting(self, *args, attention_mask=None, **kwargs):
+        if attention_mask is not None:  # training has none
+            read.append(int(attention_mask.sum()))
+        return plain(self, *args, attention_mask=attention_mask, **kwargs)
+
+    monkeypatch.setattr(Qwen3Model, "forward", counting)
+    train(config)
+    assert cost["tokens"] > sum(map(sum, lengths)) > 0 < cost["base_tokens"]
+    assert sum(read) == cost["tokens"] + 3 * (cost["tokens"] + cost["base_tokens"])
+    of_base = len(read) - 4 * cost["passes"]
+    assert of_base % 3 == 0 and 0 < of_base // 3 < cost["passes"]
+    assert (cost["texts"], cost["documents"], cost["every"]) == (2, 12, 3)
+
+
+@pytest.mark.parametrize("module", [False, True])
+def test_the_monitors_flops_are_those_that_torch_counts(place, module):
+    """Of both parts: the decoder, and the head on what is predicted. Torch counts attention over whole squares."""
+    config = monitored(place)
+    config.model.attention = "eager"
+    model = build_model(config).eval()
+    documents = [d for text in held_out(place, config) for d in text]
+    with (
+        FlopCounterMode(display=False) as counter,
+        nullcontext() if module else base_only(model),
+    ):
+        score(model, documents, 8, 3, batch_size=1)
+    counts = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
+    squares = counts.pop("aten.bmm")
+    planned = forward_flops(model, count_passes([len(d.ids) for d in documents], 8, 3), module)
+    assert 0.99 < planned / (sum(counts.values()) + squares / 2) < 1.01
+
+
+def test_the_plan_tells_what_the_monitor_costs_and_how_to_make_it_cheaper(place):
+    config = monitored(place)
+    config.train.save_every = 6
+    model = build_model(config, meta=True)
+    plan = make_plan(config, model, [], 1, held_out=[[9, 2], [30]])
+    cost = plan["monitor"]
+    # windows of 8 tokens that move by 3, counted by hand: 8; 1; 8, then to the ends 11, 14, …, 29
+    assert cost["tokens"] == 8 + 1 + 8 * 8 and cost["passes"] == 1 + 1 + 8 and cost["base_tokens"] == cost["tokens"]
+    assert cost["share"] == cost["flops"] / (6 * plan["tokens_per_step"] * plan["flops_per_token"])
+    assert cost["share"] < 0.05 and "more than the usual" not in render(plan)
+    plan = make_plan(config, model, [], 1, held_out=[[9, 2] * 500, [30]])
+    assert plan["monitor"]["share"] > 0.05 and plan["monitor"]["base_tokens"] == cost["base_tokens"]
+    text = render(plan)
+    assert "monitor        a checkpoint: 4.56 k tokens of the model's, 73 of the base's, 1,008 passes" in text
+    assert "more than the usual 5%: lower data.evaluation[].limit or monitor.compare, or raise " in text
+    config.train.steps = config.train.save_every = int(text.partition("train.save_every to ")[2].split()[0])
+    assert 0.049 < make_plan(config, model, [], 1, held_out=[[9, 2] * 500, [30]])["monitor"]["share"] <= 0.05
+
+
+def test_a_cost_of_the_monitor_that_is_not_known_says_why(place):
+    config = monitored(place)
+    tokenizer, cache = load_tokenizer(config.model), place.output / ".cache"
+    assert planned_lengths(config, None, cache) == "there is no tokenizer yet"
+    config.data.evaluation[0].path = "gone.jsonl"
+    reason = planned_lengths(config, tokenizer, cache)
+    assert "gone.jsonl" in reason
+    model = build_model(config, meta=True)
+    assert f"its cost is not known: {reason}" in render(make_plan(config, model, [], 1, held_out=reason))
+    config.data.evaluation[0].path, config.data.evaluation[0].dataset = "", "someone/text"
+    assert planned_lengths(config, tokenizer, cache) == "someone/text is not in the cache yet; training fetches it"
+    config.monitor.enabled = False
+    plan = make_plan(config, model, [], 1, held_out=[[9]])
+    assert plan["monitor"] is None and "\nmonitor" not in render(plan)
+
+
+def test_a_dataset_counts_among_the_monitors_tokens_where_it_was_read_before(place):
+    config = monitored(place)
+    tokenizer, cache = load_tokenizer(config.model), place.output / ".cache"
+    lengths = planned_lengths(config, tokenizer, cache)
+    text = config.data.evaluation[0]
+    lines = (place.inputs / text.path).read_text()
+    text.path, text.dataset, text.revision = "", "someone/text", "a" * 40
+    assert isinstance(planned_lengths(config, tokenizer, cache), str)
+    kept = evaluation._kept_file(text, config.data, cache)
+    kept.parent.mkdir(parents=True)
+    kept.write_text(lines)
+    assert planned_lengths(config, tokenizer, cache) == lengths

@@ -17,6 +17,7 @@ from moect import distributed
 from moect.model.build import build_model
 from moect.train.engine import deepspeed_config, make_engine
 from moect.train.memory import memory_per_rank
+from moect.train.meters import greatest_peak_memory, peak_memory, reset_peak_memory
 from moect.train.objective import Objective, StepCounts
 
 BUCKET = 400_000  # numbers: more than the largest tensor, less than a quarter of what trains, as with real models
@@ -65,6 +66,21 @@ def test_planned_memory_is_what_a_training_takes(wide, cases, ranks, accumulatio
     found = measured(wide, cases, ranks, accumulation)
     ratios = {case: round(sum(one["planned"].values()) / one["peak"], 3) for case, one in found.items()}
     assert all(0.93 < ratio < 1.1 for ratio in ratios.values()), f"planned / measured: {ratios}"
+    for one in found.values():
+        assert len(one["processes"]) == ranks and one["processes"] == sorted(one["processes"])
+        assert one["greatest"] >= one["processes"][-1]  # asked for a moment later, when it may be a page more
+
+
+def test_the_peak_of_a_process_holds_what_was_released_until_it_is_reset():
+    cpu, block = torch.device("cpu"), 200_000_000
+    reset_peak_memory(cpu)
+    before = peak_memory(cpu)
+    torch.ones(block, dtype=torch.uint8)
+    held = peak_memory(cpu)
+    assert 0.9 * block < held - before < 1.1 * block
+    reset_peak_memory(cpu)
+    assert peak_memory(cpu) - before < 0.1 * block
+    assert greatest_peak_memory(cpu) >= before > 2**20
 
 
 def test_the_bucket_is_as_large_as_what_trains_and_no_larger_than_deepspeed_s_own(place):

@@ -28,7 +28,8 @@ from moect.model.append import is_appended
 from moect.model.build import DTYPES, base_fingerprint, build_model, merge_lora
 from moect.model.embeddings import rows_of
 from moect.monitor.rows import read_rows
-from moect.train.checkpoint import find_checkpoint, load_module, read_info
+from moect.train.best import best_checkpoint
+from moect.train.checkpoint import damage, find_checkpoint, list_checkpoints, load_module, read_info, step_of
 from moect.train.resume import check_same_run
 from moect.train.token_rows import check_extension, kept_rows
 
@@ -44,7 +45,7 @@ def export_run(
 
     Args:
         run_folder: the run's folder.
-        checkpoint: `step-N`; None: the newest undamaged one.
+        checkpoint: `step-N`; None: see `choose_checkpoint`.
         output: where to; None: `export` in the run's folder.
         dtype: of the weights, `fp32`, `bf16` or `auto`; None: the run's `export.dtype`.
 
@@ -61,7 +62,7 @@ def export_run(
     output = Path(output) if output else run_folder / "export"
     _check_free(output)
     config = load_config(run_folder / "config.yaml")
-    path = find_checkpoint(run_folder, checkpoint)
+    path = choose_checkpoint(run_folder, config, checkpoint)
     info = read_info(path)
     _check_base(config, info, path)
     dtype = dtype or config.export.dtype
@@ -71,6 +72,38 @@ def export_run(
     measured = [row for row in read_rows(run_folder / "monitor") if row["step"] == info["step"]]
     card = make_card(config, info, measured)
     return export_merged(model, tokenizer, output, card, _licences(config))
+
+
+def choose_checkpoint(run_folder: Path, config: RunConfig, name: str | None = None) -> Path:
+    """The named checkpoint of a run, or the best that there is within its budget (`moect.monitor.verdict.best`).
+
+    The newest undamaged one is taken where nothing says which is best: the run was not measured, its best is damaged,
+    or it has no base to be held against.
+
+    Raises:
+        ExportError: checkpoints were measured, and none is within `monitor.max_forgetting`.
+        CheckpointError: there is none, or the named one is damaged.
+    """
+    if name is not None or config.model.base is None:
+        return find_checkpoint(run_folder, name)
+    newest = find_checkpoint(run_folder)
+    measured = {row["step"] for row in read_rows(run_folder / "monitor")}
+    there = [path for path in list_checkpoints(run_folder / "checkpoints") if step_of(path) in measured]
+    verdict = best_checkpoint(run_folder, config)
+    if verdict is None:
+        if newest not in there:
+            return newest
+        raise ExportError(
+            f"{run_folder}: none of {', '.join(path.name for path in there)} is within monitor.max_forgetting; choose "
+            "one with --checkpoint all the same, or train on with more data.replay"
+        )
+    path = run_folder / "checkpoints" / f"step-{verdict.step}"
+    if fault := damage(path):
+        log.warning("%s: the best checkpoint, but %s; taking %s", path, fault, newest.name)
+        return newest
+    if path != newest:
+        log.info("%s is the best checkpoint within the budget; %s is newer (--checkpoint takes it)", path, newest.name)
+    return path
 
 
 def trained_model(config: RunConfig, checkpoint: Path, dtype: str, extension: Extension | None = None) -> nn.Module:

@@ -1,55 +1,38 @@
-"""The forgetting monitor: each held-out text under the model and under its base, at every checkpoint.
+"""The forgetting monitor: held-out text under the model and under its base, at every checkpoint.
 
-The base is measured once and kept in base.json, under a key of all that its numbers depend on; so a resumed run, whose
-model is not the base any more, compares with the same numbers.
+It measures and judges; what follows from the verdict is for others to do. The base is measured once: a resumed run,
+whose model is not the base any more, compares with the same numbers.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 from torch import nn
 
 from moect.config import RunConfig
 from moect.data.reading.evaluation import EvaluationText
-from moect.distributed import on_main
+from moect.distributed import on_main, together
 from moect.errors import ConfigError, DataError, TrainingError
 from moect.model.append import modules_of
-from moect.monitor.measuring.measures import bits_per_byte, gain, retention
-from moect.monitor.measuring.routing import RoutingMeter
-from moect.monitor.measuring.score import Score, score
+from moect.monitor.measuring.base_results import BaseResults, Measurement, read_base, write_base
+from moect.monitor.measuring.exactness import Base, Comparison
+from moect.monitor.measuring.intervals import text_intervals
+from moect.monitor.measuring.measures import gain, retention
+from moect.monitor.measuring.routing import Routing, RoutingMeter
+from moect.monitor.measuring.samples import make_prompts, write_on
+from moect.monitor.measuring.score import Sums, add_up
 from moect.monitor.measuring.windows import TokenisedDocument, tokenise
-from moect.monitor.reporting.table import render_table
-from moect.monitor.rows import Row, read_rows, replace_rows, write_atomically
+from moect.monitor.rows import SAMPLES, TASKS, Row, read_rows, replace_rows
+from moect.monitor.tasks.tasks import TaskResult, Tasks, task_rows
 
-log = logging.getLogger("moect.monitor")
-
-
-@dataclass
-class Measurement:
-    """A text under one model.
-
-    Attributes:
-        nll: nats over the whole text.
-        n_bytes: UTF-8 bytes of the text that was scored.
-        documents: their number.
-        exact_match: share of documents whose answer greedy decoding gives; None for a text without answers.
-    """
-
-    nll: float
-    n_bytes: int
-    documents: int
-    exact_match: float | None
-
-    @property
-    def bits_per_byte(self) -> float:
-        """Cross-entropy in bits per UTF-8 byte."""
-        return bits_per_byte(self.nll, self.n_bytes)
+NOTHING = TokenisedDocument(ids=[], first=0, last=0, n_bytes=0)  # has no windows
 
 
 class ForgettingMonitor:
@@ -63,9 +46,14 @@ class ForgettingMonitor:
         rank, world_size: of this process.
         base_key: fingerprint of the base.
         base_tokenizer: the base's, where tokens were added to it for the run; None: it has the same.
+        cache_folder: where the base's results are kept for other runs too; None: with this one only.
+
+    Attributes:
+        documents, base_documents: the tokens of all texts, as model and base read them.
+        compared: indices of those whose logits are held against the base's.
 
     Raises:
-        ConfigError: two texts of one language and domain, or a stride longer than the window.
+        ConfigError: two texts of one language and domain, a stride longer than the window, or an unknown task.
         DataError: a text of which no byte can be scored.
     """
 
@@ -79,41 +67,40 @@ class ForgettingMonitor:
         world_size: int,
         base_key: str,
         base_tokenizer=None,
+        cache_folder: Path | None = None,
     ):
-        self.texts, self.folder = texts, Path(folder)
+        self.config, self.texts, self.folder = config, texts, Path(folder)
+        self.tokenizer, self.base_tokenizer = tokenizer, base_tokenizer or tokenizer
         self.rank, self.world_size = rank, world_size
+        self.divided = config.train.zero_stage == 3
         self.window = config.monitor.window or config.data.sequence_length
         self.stride = config.monitor.stride or max(1, self.window // 2)
-        self.batch_size = config.monitor.batch_size
         if self.stride > self.window:
             raise ConfigError(
                 f"monitor.stride is {self.stride}, the window has {self.window} tokens: tokens between windows would "
                 "never be scored; lower monitor.stride"
             )
-        self.documents, self.text_of_document = [], []
-        self.base_documents = []  # the same texts, as the base reads them
+        self.documents: list[TokenisedDocument] = []
+        self.base_documents: list[TokenisedDocument] = []
+        self.text_of_document: list[int] = []
+        self.compared: set[int] = set()
         for index, text in enumerate(texts):
-            if (text.lang, text.domain) in {(t.lang, t.domain) for t in texts[:index]}:
-                raise ConfigError(
-                    f"data.evaluation: two texts of language {text.lang!r} and domain {text.domain!r}; give one of "
-                    "them another `domain`"
-                )
-            documents = tokenise(tokenizer, text.documents)
-            if sum(d.n_bytes for d in documents) == 0:
-                raise DataError(
-                    f"data.evaluation, language {text.lang!r}, domain {text.domain!r}: no document has two tokens, "
-                    "there is nothing to predict; give longer text"
-                )
-            self.documents += documents
-            self.base_documents += tokenise(base_tokenizer, text.documents) if base_tokenizer else documents
-            self.text_of_document += [index] * len(documents)
-        self.key = self._key(config, base_key)
-        self.base: list[Measurement] | None = None
+            self._add_text(index, text, texts[:index])
+        monitor = config.monitor
+        self.prompts = make_prompts(texts, self.base_tokenizer, monitor.samples, monitor.sample_tokens)
+        self.tasks = Tasks(config, tokenizer, base_tokenizer) if monitor.tasks else None
+        self.key = self._key(base_key)
+        self._base_files = (self.folder / "base.json",)
+        if cache_folder:
+            self._base_files += (Path(cache_folder) / "base-results" / f"{self.key}.json",)
+        self.base: BaseResults | None = None
 
     def has_base(self) -> bool:
-        """Whether the base was measured, now or in an earlier run of this folder, under the same conditions."""
+        """Whether the base was measured, now or in an earlier run, under the same conditions."""
         if self.base is None:
-            self.base = on_main(self._read_base)
+            self.base = on_main(lambda: read_base(self.key, self._base_files))
+            if self.base:  # whichever file it was in
+                on_main(lambda: write_base(self.key, self.base, self._base_files))
         return self.base is not None
 
     def measure_base(self, model: nn.Module) -> None:
@@ -121,107 +108,177 @@ class ForgettingMonitor:
 
         Args:
             model: a causal LM that computes what the base computes.
+
+        Raises:
+            TrainingError: a result is not finite, a file cannot be written, or another rank failed.
         """
         if self.has_base():
             return
-        self.base = self._measure(model, "the base", self.base_documents)
-        values = {"key": self.key, "texts": [asdict(m) for m in self.base]}
-        on_main(lambda: write_atomically(self.folder / "base.json", json.dumps(values, indent=1) + "\n"))
+        sums = self._together(lambda: self._add_up(model, self.base_documents))
+        if self.world_size > 1:
+            sums.reduce()
+        texts = self._measurements(sums, "the base")
+        samples = self._together(lambda: self._write_on(model, self.base_tokenizer))
+        tasks = self._answer(model, of_base=True)
+        self.base = BaseResults(texts, tasks, samples)
+        on_main(lambda: write_base(self.key, self.base, self._base_files))
 
-    def measure(self, model: nn.Module, step: int) -> list[Row]:
-        """Measure the model, add its rows to forgetting.jsonl and return them, the same on every rank.
+    def measure(self, model: nn.Module, step: int, base: Base | None = None) -> list[Row]:
+        """Measure the model, add its rows to the files of the folder and return those of its texts, the same on every
+        rank.
 
         Args:
             model: the causal LM as it is now.
             step: optimizer steps behind it.
+            base: the base to hold its logits against; None: they are not compared.
 
         Raises:
-            TrainingError: the base was not measured, a result is not finite, or the file cannot be written.
+            TrainingError: the base was not measured, a result is not finite, a file cannot be written, or another rank
+                failed.
+            RankLost: with ZeRO-3, this rank failed.
         """
         if not self.has_base():
             raise TrainingError(f"{self.folder}: there is nothing to compare with; measure the base first")
         meter = RoutingMeter(model, self.text_of_document) if modules_of(model) else None
-        measurements = self._measure(model, f"the model at step {step}", self.documents, meter)
-        routing = meter.result(self.world_size) if meter else [None] * len(self.texts)
-        rows = []
-        for text, base, now, routed in zip(self.texts, self.base, measurements, routing, strict=True):
-            row = {"step": step, "lang": text.lang, "role": text.role, "domain": text.domain}
-            bits, base_bits = now.bits_per_byte, base.bits_per_byte
-            row |= {"bits_per_byte": bits, "base_bits_per_byte": base_bits, "delta": bits - base_bits}
-            row |= {"retention": retention(bits, base_bits)} if text.role == "old" else {"gain": gain(bits, base_bits)}
-            row |= {"bytes": now.n_bytes, "documents": now.documents}
-            if now.exact_match is not None:
-                row |= {"exact_match": now.exact_match, "base_exact_match": base.exact_match}
-            if routed:
-                row["expert_load"] = [[round(share, 4) for share in load_E] for load_E in routed.expert_load]
-                row |= {k: v for k in ("gate", "open_share") if (v := getattr(routed, k)) is not None}
-            rows.append(row)
-        on_main(lambda: replace_rows(self.folder, rows))
+        device = next(model.parameters()).device
+        comparison = Comparison(base, len(self.documents), self.compared, device) if base and self.compared else None
+        sums = self._together(lambda: self._add_up(model, self.documents, meter, comparison))
+        samples = self._together(lambda: self._write_on(model, self.tokenizer))
+        if self.world_size > 1:
+            for part in filter(None, (sums, meter, comparison)):
+                part.reduce()
+        tasks = self._answer(model)
+        measured = self._measurements(sums, f"the model at step {step}")
+        routing = meter.result() if meter else [None] * len(self.texts)
+        rows = [
+            {"step": step} | self._row(index, now, routed, comparison)
+            for index, (now, routed) in enumerate(zip(measured, routing, strict=True))
+        ]
+        on_main(partial(self._write, step, rows, tasks, samples))
         return rows
 
-    def has_rows(self, step: int) -> bool:
-        """Whether every text was measured at this step already."""
-        wanted = {(step, text.lang, text.domain) for text in self.texts}
-        return on_main(lambda: wanted <= {(r["step"], r["lang"], r["domain"]) for r in read_rows(self.folder)})
+    def rows(self, step: int) -> list[Row] | None:
+        """What was measured at this step before, in the order of the texts; None where some text was not."""
+        found = {(r["lang"], r["domain"]): r for r in on_main(lambda: read_rows(self.folder)) if r["step"] == step}
+        names = [(text.lang, text.domain) for text in self.texts]
+        return [found[name] for name in names] if set(names) <= found.keys() else None
 
-    def table(self, rows: list[Row]) -> str:
-        """The rows of one step as an aligned table."""
-        return render_table(rows)
+    def _add_text(self, index: int, text: EvaluationText, before: list[EvaluationText]) -> None:
+        if (text.lang, text.domain) in {(t.lang, t.domain) for t in before}:
+            raise ConfigError(
+                f"data.evaluation: two texts of language {text.lang!r} and domain {text.domain!r}; give one of "
+                "them another `domain`"
+            )
+        documents = tokenise(self.tokenizer, text.documents)
+        if sum(d.n_bytes for d in documents) == 0:
+            raise DataError(
+                f"data.evaluation, language {text.lang!r}, domain {text.domain!r}: no document has two tokens, "
+                "there is nothing to predict; give longer text"
+            )
+        count = self.config.monitor.compare if self.config.model.base else 0  # else there is no base to be kept
+        first = len(self.documents)
+        self.compared |= set(range(first, first + len(documents[:count])))
+        self.documents += documents
+        same = self.base_tokenizer is self.tokenizer
+        self.base_documents += documents if same else tokenise(self.base_tokenizer, text.documents)
+        self.text_of_document += [index] * len(documents)
 
-    def tensorboard(self, writer, rows: list[Row], step: int) -> None:
-        """Write rows as scalars monitor/LANG/DOMAIN/… and routing/LANG/DOMAIN/…"""
-        for row in rows:
-            name = f"{row['lang']}/{row['domain']}"
-            for key in ("bits_per_byte", "delta", "retention", "gain", "exact_match"):
-                if row.get(key) is not None:
-                    writer.add_scalar(f"monitor/{name}/{key}", row[key], step)
-            for key in ("gate", "open_share"):
-                if key in row:
-                    writer.add_scalar(f"routing/{name}/{key}", row[key], step)
-            if "expert_load" in row:
-                load_LE = row["expert_load"]
-                greatest = max(map(max, load_LE)) * len(load_LE[0])  # 1: every expert got the same
-                writer.add_scalar(f"routing/{name}/greatest_load", greatest, step)
+    def _together(self, work):
+        return together(work, self.divided)
 
-    def _measure(
-        self, model: nn.Module, what: str, documents: list[TokenisedDocument], meter: RoutingMeter | None = None
-    ) -> list[Measurement]:
-        scores = score(model, documents, self.window, self.stride, self.batch_size, self.rank, self.world_size, meter)
-        of_text: list[list[Score]] = [[] for _ in self.texts]
-        for index, result in zip(self.text_of_document, scores, strict=True):
+    def _add_up(
+        self,
+        model: nn.Module,
+        documents: list[TokenisedDocument],
+        meter: RoutingMeter | None = None,
+        comparison: Comparison | None = None,
+    ) -> Sums:
+        run = partial(
+            add_up,
+            model,
+            window=self.window,
+            stride=self.stride,
+            batch_size=self.config.monitor.batch_size,
+            rank=self.rank,
+            world_size=self.world_size,
+            compared=self.compared,
+        )
+        if comparison is None or self.base_tokenizer is self.tokenizer:
+            return run(documents, meter=meter, comparison=comparison)
+        # logits are compared on the tokens of the base; other tokens have others
+        run([d if i in self.compared else NOTHING for i, d in enumerate(self.base_documents)], comparison=comparison)
+        return run(documents, meter=meter)
+
+    def _write_on(self, model: nn.Module, tokenizer) -> list[str]:
+        monitor = self.config.monitor
+        return write_on(model, tokenizer, self.prompts, monitor.sample_tokens, monitor.batch_size)
+
+    def _answer(self, model: nn.Module, of_base: bool = False) -> list[TaskResult]:
+        if self.tasks is None:
+            return []
+        batch_size = self.config.monitor.batch_size
+        return self.tasks.measure(model, batch_size, self.rank, self.world_size, self.divided, base=of_base)
+
+    def _measurements(self, sums: Sums, what: str) -> list[Measurement]:
+        of_text = [[] for _ in self.texts]
+        for index, result in zip(self.text_of_document, sums.scores(), strict=True):
             of_text[index].append(result)
-        measurements = []
-        for text, results in zip(self.texts, of_text, strict=True):
-            nll = math.fsum(s.nll for s in results)
+        for text, scores in zip(self.texts, of_text, strict=True):
+            nll = sum(s.nll for s in scores)
             if not math.isfinite(nll):
                 raise TrainingError(
                     f"{what} gives {nll} nats on {text.lang!r}, {text.domain!r}: it does not compute finite "
                     "probabilities; go back to an earlier checkpoint and lower train.lr, or try train.precision: fp32"
                 )
-            answered = [s.exact for s in results if s.exact is not None]
-            exact_match = sum(answered) / len(answered) if answered else None
-            measurements.append(Measurement(nll, sum(s.n_bytes for s in results), len(results), exact_match))
-        return measurements
+        return [Measurement.of(scores) for scores in of_text]
 
-    def _key(self, config: RunConfig, base_key: str) -> str:
+    def _row(self, index: int, now: Measurement, routed: Routing | None, comparison: Comparison | None) -> Row:
+        text, base = self.texts[index], self.base.texts[index]
+        bits, base_bits = now.bits_per_byte, base.bits_per_byte
+        verdict = "retention" if text.role == "old" else "gain"
+        row = {"lang": text.lang, "role": text.role, "domain": text.domain}
+        row |= {"bits_per_byte": bits, "base_bits_per_byte": base_bits, "delta": bits - base_bits}
+        row[verdict] = (retention if text.role == "old" else gain)(bits, base_bits)
+        row |= {"bytes": sum(now.n_bytes), "documents": len(now.nll)}
+        resamples = self.config.monitor.resamples
+        if resamples:
+            columns = (np.array(values, dtype=np.float64) for m in (now, base) for values in (m.nll, m.n_bytes))
+            for name, (low, high) in text_intervals(*columns, resamples).items():
+                if name in row:
+                    row |= {f"{name}_low": low, f"{name}_high": high}
+        if now.exact_match is not None:
+            row |= {"exact_match": now.exact_match, "base_exact_match": base.exact_match}
+        if comparison:
+            of_text = [i for i, of in enumerate(self.text_of_document) if of == index]
+            if exact := comparison.result(of_text, resamples):
+                row["exact"] = exact
+        if routed:
+            row["expert_load"] = [[round(share, 4) for share in load_E] for load_E in routed.expert_load]
+            row |= {key: value for key, value in asdict(routed).items() if key != "expert_load" and value is not None}
+        return row
+
+    def _write(self, step: int, rows: list[Row], tasks: list[TaskResult], samples: list[str]) -> None:
+        roles = self.config.data.languages
+        replace_rows(self.folder, rows)
+        if tasks:
+            replace_rows(self.folder, task_rows(step, roles, self.base.tasks, tasks), TASKS)
+        written = zip(self.prompts, self.base.samples, samples, strict=True)
+        of_prompts = [
+            {"step": step, "lang": p.lang, "role": p.role, "domain": p.domain, "document": p.document}
+            | {"prompt": p.text, "reference": p.reference, "base": before, "model": now}
+            for p, before, now in written
+        ]
+        if of_prompts:
+            replace_rows(self.folder, of_prompts, SAMPLES)
+
+    def _key(self, base_key: str) -> str:
         """sha256 over all that the base's numbers depend on; tokens and bytes stand for text and tokenizer."""
+        config, monitor = self.config, self.config.monitor
         names = [(text.lang, text.domain) for text in self.texts]
-        settings = [self.window, self.stride, config.train.precision, config.model.attention]
-        whole = hashlib.sha256(json.dumps([base_key, names, self.text_of_document, settings]).encode())
+        settings = [self.window, self.stride, config.train.precision, config.model.attention, sorted(self.compared)]
+        prompts = [monitor.sample_tokens, [p.text for p in self.prompts]]
+        made_of = [base_key, names, self.text_of_document, settings, prompts, self.tasks and self.tasks.key]
+        whole = hashlib.sha256(json.dumps(made_of).encode())
         for document in self.base_documents:
             whole.update(json.dumps(list(asdict(document).values())).encode())
         return whole.hexdigest()
-
-    def _read_base(self) -> list[Measurement] | None:
-        path = self.folder / "base.json"
-        if not path.exists():
-            return None
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if values["key"] == self.key:
-                return [Measurement(**m) for m in values["texts"]]
-            why = "of another base, tokenizer, text or setting"
-        except (OSError, ValueError, TypeError, KeyError):
-            why = "damaged"
-        log.warning("%s: is %s; the base is measured again", path, why)
-        return None

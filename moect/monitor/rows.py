@@ -28,18 +28,26 @@ from moect.errors import DataError
 Row = dict[str, Any]
 
 FILE_NAME = "forgetting.jsonl"
+TASKS = "tasks.jsonl"
+SAMPLES = "samples.jsonl"
+KEYS = {
+    FILE_NAME: ("step", "lang", "domain"),
+    TASKS: ("step", "task", "metric"),
+    SAMPLES: ("step", "lang", "domain", "document"),
+}
 
 
-def read_rows(folder: Path) -> list[Row]:
-    """All rows, by ascending step; none when nothing was measured yet.
+def read_rows(folder: Path, name: str = FILE_NAME) -> list[Row]:
+    """All rows of a file, by ascending step; none when nothing was measured yet.
 
     Args:
         folder: RUN/monitor.
+        name: key of KEYS.
 
     Raises:
         DataError: the file is damaged or cannot be read.
     """
-    path = Path(folder) / FILE_NAME
+    path = Path(folder) / name
     rows = []
     try:
         lines = path.read_bytes().splitlines()
@@ -50,19 +58,26 @@ def read_rows(folder: Path) -> list[Row]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            row["step"], row["lang"], row["domain"]
+            _key(row, name)
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{path}:{number}: not a row of the monitor; remove the line") from error
         rows.append(row)
     return sorted(rows, key=lambda row: row["step"])
 
 
-def replace_rows(folder: Path, rows: list[Row]) -> None:
-    """Add rows; one of the same step, language and domain as an earlier one takes its place. Atomic."""
-    added = {_key(row) for row in rows}
-    kept = [row for row in read_rows(folder) if _key(row) not in added]
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in sorted(kept + rows, key=lambda row: row["step"])]
-    write_atomically(Path(folder) / FILE_NAME, "".join(lines))
+def replace_rows(folder: Path, rows: list[Row], name: str = FILE_NAME) -> None:
+    """Add rows to a file; one with the same values under its KEYS as an earlier one takes its place. Atomic."""
+    added = {_key(row, name) for row in rows}
+    kept = [row for row in read_rows(folder, name) if _key(row, name) not in added]
+    _write(Path(folder) / name, kept + rows)
+
+
+def drop_rows_after(folder: Path, step: int) -> None:
+    """Take the rows of later steps out of every file: those steps were undone."""
+    for name in KEYS:
+        rows = read_rows(folder, name)
+        if any(row["step"] > step for row in rows):
+            _write(Path(folder) / name, [row for row in rows if row["step"] <= step])
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -76,5 +91,10 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _key(row: Row) -> tuple:
-    return row["step"], row["lang"], row["domain"]
+def _write(path: Path, rows: list[Row]) -> None:
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in sorted(rows, key=lambda row: row["step"]))
+    write_atomically(path, "".join(lines))
+
+
+def _key(row: Row, name: str) -> tuple:
+    return tuple(row[key] for key in KEYS[name])

@@ -65,16 +65,22 @@ def save_checkpoint(folder: Path, step: int, files: dict[str, dict[str, Tensor]]
     return final
 
 
-def rotate(folder: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints; 0 keeps all."""
+def rotate(folder: Path, keep_last: int, keep: int | None = None) -> None:
+    """Delete all but the newest `keep_last` checkpoints, 0 keeps all, and the one of step `keep`."""
     for path in list_checkpoints(folder)[keep_last:] if keep_last else []:
-        shutil.rmtree(path)
+        if step_of(path) != keep:
+            shutil.rmtree(path)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
     found = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=lambda p: -int(p.name.removeprefix("step-")))
+    return sorted(found, key=lambda path: -step_of(path))
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(path.name.removeprefix("step-"))
 
 
 def find_checkpoint(run_folder: Path, name: str | None = None) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from contextlib import nullcontext
+import time
 from pathlib import Path
 
 import torch
@@ -24,18 +24,22 @@ from moect.data.vocabulary.extended_tokenizer import extension_of
 from moect.data.vocabulary.tokenizer import keep_tokenizer, load_tokenizer, run_tokenizer
 from moect.errors import CheckpointError, TrainingError
 from moect.model.append import modules_of
-from moect.model.build import DTYPES, base_fingerprint, base_view, build_model, load_base_config
+from moect.model.build import DTYPES, base_fingerprint, build_model, load_base_config
 from moect.model.partition import full_shape
 from moect.monitor.forgetting import ForgettingMonitor
+from moect.monitor.measuring.cost import token_lengths
 from moect.plan import make_plan, render
 from moect.train import checkpoint, state
+from moect.train.best import best_checkpoint
+from moect.train.budget import act
 from moect.train.engine import deepspeed_config, make_engine
 from moect.train.folder import RunLog, open_folder
-from moect.train.meters import Meter, duration, peak_flops
+from moect.train.meters import Meter, duration, greatest_peak_memory, peak_flops, reset_peak_memory
 from moect.train.objective import Objective, StepCounts
 from moect.train.resume import check_same_run, check_same_start, check_start
 from moect.train.schedule import learning_rate
 from moect.train.token_rows import IDS, check_extension, decide_rows, extension_digest, widen_rows
+from moect.train.watch import Watch
 
 
 def train(config: RunConfig) -> Path:
@@ -91,22 +95,26 @@ class Run:
         shapes = build_model(config, meta=True, rows=rows, extension=self.extension) if zero3 else model
         samples = self.loader.samples(self.tokenizer)
         # of what is drawn already and of the shares from here on
-        self.plan = make_plan(config, shapes, self.loader.summary(), world_size, samples=samples)
+        held_out = token_lengths(texts, self.tokenizer)
+        self.plan = make_plan(config, shapes, self.loader.summary(), world_size, samples=samples, held_out=held_out)
 
         for moe in modules_of(model)[:1]:
             moe.experts.choose()
 
-        self.monitor = None
+        monitor = None
         if texts:
-            self.monitor = ForgettingMonitor(
-                config,
-                texts,
-                self.tokenizer,
-                self.folder / "monitor",
-                rank,
-                world_size,
-                self.fingerprint,
-                base_tokenizer=load_tokenizer(config.model) if self.extension else None,
+            monitor = distributed.main_first(
+                lambda: ForgettingMonitor(
+                    config,
+                    texts,
+                    self.tokenizer,
+                    self.folder / "monitor",
+                    rank,
+                    world_size,
+                    self.fingerprint,
+                    base_tokenizer=load_tokenizer(config.model) if self.extension else None,
+                    cache_folder=cache,
+                )
             )
         distributed.on_main(lambda: open_folder(config))
         distributed.on_main(lambda: keep_tokenizer(self.tokenizer, self.folder))
@@ -114,16 +122,24 @@ class Run:
         self.writer = _tensorboard(self.folder) if self.main else None
         self.objective = Objective(model, config)
         self.engine = make_engine(self.objective, config.train, world_size)
+        self.watch = Watch(monitor, config, self.log, self.writer) if monitor else None
         self.step = 0
+        self.rollbacks = 0  # times that the budget has sent the run back
 
     def go(self) -> None:
-        """The run: from step 0 or the last checkpoint, to the last step or `stop_after`."""
-        train = self.config.train
+        """The run: from step 0 or the last checkpoint, to the last step or `stop_after`.
+
+        Raises:
+            ForgettingError: an old language lost more than it may, and the run is to end then.
+        """
+        train, began = self.config.train, time.perf_counter()
         if self.main:
             self._announce()
-        self._measure_base()
+        if self.watch:
+            self.watch.measure_base(self.objective.model)
         if self.checkpoint:
             self._resume(self.checkpoint)
+            self._measure(again=False)  # a kill may have come between checkpoint and measurement
         else:
             if self.log.has_lines:  # it ended before its first checkpoint: what it logged is superseded
                 self.log.write(event="resume", step=0, world_size=self.world_size, changed=[])
@@ -138,6 +154,7 @@ class Run:
         peak, source = peak_flops(self.engine.device, DTYPES[train.precision])
         self._say(f"\nMFU against {peak / 1e12:.2f} TFLOP/s a rank ({source})")
         meter = Meter(self.plan["tokens_per_step"], self.plan["flops_per_token"], peak, self.world_size)
+        reset_peak_memory(self.engine.device)
         while self.step < end:
             meter.start_step()
             counts = self._train_step()
@@ -145,10 +162,13 @@ class Run:
             if self.step % train.log_every == 0 or self.step == end:
                 self._report(counts, meter)
             if self.step % train.save_every == 0 or self.step == end:
-                self._save()
+                self.save()
                 self._measure()
+                reset_peak_memory(self.engine.device)  # the monitor's does not count
         done = self.step == train.steps
         self.log.write(event="end" if done else "stop", step=self.step)
+        if self.watch and self.main:
+            self.watch.tell_cost(time.perf_counter() - began)
         how = "finished" if done else "stopped as asked; go on with resume=auto"
         self._say(f"\n{self.folder}: {how} at step {self.step}")
 
@@ -258,8 +278,9 @@ class Run:
             values["frozen_share"] = sums["frozen_share"].item() / counts.valid
         return values
 
-    def _save(self) -> None:
+    def save(self) -> None:
         """A checkpoint of everything that the next step depends on."""
+        peak = greatest_peak_memory(self.engine.device)
         tensors = state.gather(self.engine, keep=self.main)
         if self.main:
             moments = tuple(f"{m}." for m in state.MOMENTS)
@@ -276,14 +297,16 @@ class Run:
                 "extension": extension_digest(self.extension),
                 "data": self.loader.state_dict(),
                 "world_size": self.world_size,
+                "rollbacks": self.rollbacks,
                 "config": dataclasses.asdict(self.config),
             }
         folder = self.folder / "checkpoints"
 
         def write() -> None:
             path = checkpoint.save_checkpoint(folder, self.step, files, info)
-            checkpoint.rotate(folder, self.config.train.keep_last)
-            self.log.write(event="checkpoint", step=self.step)
+            best = best_checkpoint(self.folder, self.config)
+            checkpoint.rotate(folder, self.config.train.keep_last, keep=best and best.step)
+            self.log.write(event="checkpoint", step=self.step, peak_memory=peak)
             print(f"saved {path}", flush=True)
 
         distributed.on_main(write)
@@ -330,18 +353,21 @@ class Run:
 
     def _resume(self, path: Path) -> None:
         """Go back to a checkpoint."""
-        info = checkpoint.read_info(path)
-        self._restore(checkpoint.read_module(path) | checkpoint.read_tensors(path, "optimizer"), info["step"], path)
-        self.objective.load_LE = checkpoint.read_tensors(path, "trainer")["load_LE"]
-        self.step = info["step"]
+        self.go_back(path)
+        self.rollbacks = checkpoint.read_info(path).get("rollbacks", 0)
         self.log.write(event="resume", step=self.step, world_size=self.world_size, changed=self.changed)
         self._say(f"resumed from {path}" + "".join(f"\n  changed: {line}" for line in self.changed))
         if change := self.loader.change:
             self.log.write(event="mixture", step=self.step, row=self.loader.rows, **change)
             shares = (f"\n  {key}: {change['before'][key]:.2%} -> {now:.2%}" for key, now in change["now"].items())
             self._say("the mixture changes; what was drawn before is not made up for" + "".join(shares))
-        if self.monitor and not self.monitor.has_rows(self.step):  # killed between checkpoint and measurement
-            self._measure()
+
+    def go_back(self, path: Path) -> None:
+        """Take weights, optimizer and step from a checkpoint of this run; the text goes on from where it is."""
+        info = checkpoint.read_info(path)
+        self._restore(checkpoint.read_module(path) | checkpoint.read_tensors(path, "optimizer"), info["step"], path)
+        self.objective.load_LE = checkpoint.read_tensors(path, "trainer")["load_LE"]
+        self.step = info["step"]
 
     def _restore(self, tensors: dict, steps: int, path: Path) -> None:
         """Masters, moments and buffers as a checkpoint has them, after `steps` optimizer steps."""
@@ -361,21 +387,11 @@ class Run:
         shapes |= {name: buffer.shape for name, buffer in checkpoint.module_buffers(self.objective.model)}
         checkpoint.check_shapes(tensors, shapes, path)
 
-    def _measure_base(self) -> None:
-        """Measure the base once: the model as it is before any step, its module switched off."""
-        if self.monitor and not self.monitor.has_base():
-            model = self.objective.model
-            with base_view(model) if self.config.method != "full" else nullcontext():
-                self.monitor.measure_base(model)
-
-    def _measure(self) -> None:
-        """The forgetting table of this step."""
-        if not self.monitor:
-            return
-        rows = self.monitor.measure(self.objective.model, self.step)
-        if self.main:
-            self.monitor.tensorboard(self.writer, rows, self.step)
-            print(f"\n{self.monitor.table(rows)}\n", flush=True)
+    def _measure(self, again: bool = True) -> None:
+        """Measure this step, or take what was measured, and do what follows from it."""
+        rows = self.watch and self.watch.measure(self.objective.model, self.step, again)
+        if rows:
+            act(self, rows)
 
     def _announce(self) -> None:
         print(render(self.plan), flush=True)

@@ -1,15 +1,24 @@
-"""Speed: tokens a second, time left, and the share of the machine's arithmetic that is used (MFU)."""
+"""Speed and memory of a training: tokens a second, time left, the share of the machine's arithmetic that is used (MFU),
+and the most memory that a rank took."""
 
 from __future__ import annotations
 
+import logging
 import re
+import resource
+import sys
 import time
 from collections import deque
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from moect.errors import ConfigError
+
+log = logging.getLogger("moect.train")
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,41 @@ class Meter:
         }
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """From here on `peak_memory` looks for the greatest moment anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak resident set is the present one again
+    except OSError:
+        _tell_of_no_reset()
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory that this rank has taken since `reset_peak_memory`, in bytes.
+
+    On a GPU what tensors took, without what CUDA and NCCL have for themselves. On a CPU the whole process: its resident
+    set, with the libraries.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024
+    except (OSError, TypeError):  # no Linux, or one that does not say it
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024
+
+
+def greatest_peak_memory(device: torch.device) -> int:
+    """`peak_memory` of the rank that took most. Every rank calls it."""
+    peak = torch.tensor(peak_memory(device), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    return int(peak)
+
+
 def duration(seconds: float) -> str:
     """Seconds as `1d 3h`, `2h 05m`, `3m 20s` or `12s`."""
     seconds = round(seconds)
@@ -123,6 +167,11 @@ def duration(seconds: float) -> str:
     if seconds >= 3600:
         return f"{seconds // 3600}h {seconds % 3600 // 60:02d}m"
     return f"{seconds // 60}m {seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
+
+
+@cache
+def _tell_of_no_reset() -> None:
+    log.info("peak memory counts from the start of the process: /proc/self/clear_refs cannot be written here")
 
 
 def _wait(device: torch.device) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +66,7 @@ class Loader:
     ):
         assert 0 <= rank < world_size
         self.config, self.rank, self.world_size = config, rank, world_size
+        self._configured_replay = config.data.replay  # what holds now may have been raised since
         check_division(config.train.batch_size, config.train.micro_batch, world_size)
         self.stores = [build_store(source, config.data, tokenizer, cache_folder) for source in config.data.train]
         for key, store in zip(source_keys(config.data.train), self.stores, strict=True):
@@ -90,6 +91,21 @@ class Loader:
     def rows(self) -> int:
         """Rows that all steps so far have taken, over all ranks."""
         return sum(self.mixture.drawn)
+
+    @property
+    def replay(self) -> float | None:
+        """The share of rows of old languages that holds now; None: by size, like the others."""
+        return self.config.data.replay
+
+    def set_replay(self, share: float) -> None:
+        """From the next step on so large a share of the rows is of old languages; checkpoints keep it.
+
+        Args:
+            share: in place of `data.replay`, which must be there.
+        """
+        self._take_replay(share)
+        self.mixture.change(self._shares(self.rows, tuple(self.mixture.drawn), tell=self.rank == 0))
+        self._restart()
 
     @property
     def change(self) -> dict[str, dict[str, float]] | None:
@@ -134,8 +150,9 @@ class Loader:
     def state_dict(self) -> dict:
         """The position, as plain values; the same on all ranks, whatever worker processes have made ahead.
 
-        `rows` drawn in all, rows `drawn` from each corpus after those `skipped`, the mixture's `segments`, and what
-        gives these numbers their meaning: the fingerprints of the `corpora`'s sources, and how rows are cut.
+        `rows` drawn in all, rows `drawn` from each corpus after those `skipped`, the mixture's `segments` and share of
+        `replay`, and what gives these numbers their meaning: the fingerprints of the `corpora`'s sources, and how rows
+        are cut.
         """
         segments = self.mixture.segments
         return {
@@ -147,6 +164,7 @@ class Loader:
                 for s in segments
             ],
             "corpora": {corpus.key: self._fingerprint(corpus) for corpus in self.corpora},
+            "replay": {"configured": self._configured_replay, "now": self.replay},
             **self._decides_rows(),
         }
 
@@ -161,7 +179,8 @@ class Loader:
         """
         mine = self.state_dict()
         if isinstance(state, dict):  # positions of before there were stages have skipped nothing, and so on
-            state = {"skipped": dict.fromkeys(mine["drawn"], 0), "segments": [], "packing": "concatenate", **state}
+            before = {"skipped": dict.fromkeys(mine["drawn"], 0), "segments": [], "packing": "concatenate"}
+            state = {**before, "replay": mine["replay"], **state}
         if not isinstance(state, dict) or set(state) != set(mine):
             raise CheckpointError("the checkpoint's data position is incomplete; resume from another checkpoint")
         if problem := _difference(state, mine):
@@ -178,6 +197,10 @@ class Loader:
             ]
             if sum(drawn) != state["rows"] or any(sum(s.drawn) != s.row for s in segments):
                 raise ValueError("rows do not add up")
+            replay, configured = state["replay"]["now"], self._configured_replay
+            if state["replay"]["configured"] != configured:  # then what the configuration says now holds
+                replay = configured
+            self._take_replay(replay if replay is None else float(replay))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 "the checkpoint's data position is damaged; resume from another checkpoint"
@@ -247,6 +270,9 @@ class Loader:
         mixture = self.mixture.copy()
         while True:
             yield from self._draw(mixture)
+
+    def _take_replay(self, share: float | None) -> None:
+        self.config = replace(self.config, data=replace(self.config.data, replay=share))
 
     def _restart(self) -> None:
         """Forget what followed from the position before."""

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from moect.data.reading.files import resolve_files
-from moect.data.reading.hub import identity
+from moect.data.reading.hub import dataset_folder, identity
 from moect.data.reading.sources import read_documents
 from moect.data_config import DataConfig, EvaluationConfig, Role, source_key
 from moect.errors import DataError
@@ -79,6 +79,14 @@ def load_evaluation(config: DataConfig, cache_folder: Path | None = None) -> lis
     ]
 
 
+def is_at_hand(source: EvaluationConfig, config: DataConfig, cache_folder: Path) -> bool:
+    """Whether a held-out text can be read without the network: a file, a folder, or a dataset that was read before."""
+    if not source.dataset or dataset_folder(source, config.root):
+        return True
+    file = _kept_file(source, config, Path(cache_folder), online=False)
+    return file is not None and file.exists()
+
+
 def _files(sources: list, root: str) -> set[str]:
     return {os.path.realpath(file) for source in sources if source.path for file in resolve_files(source.path, root)}
 
@@ -93,10 +101,7 @@ def _documents(source: EvaluationConfig, config: DataConfig, cache_folder: Path 
 def _kept_documents(source: EvaluationConfig, config: DataConfig, cache_folder: Path) -> list[EvaluationDocument]:
     """The documents of a dataset, from the cache if they are there, else read and written to it, one JSON object a
     line."""
-    filters = {name: asdict(conditions) for name, conditions in source.filter.items()}
-    options = [source.text_field, source.answer_field, source.limit, filters, config.max_bad_fraction]
-    made_of = [*identity(source, config.root, cache_folder), *options]
-    file = cache_folder / "evaluation" / f"{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()}.jsonl"
+    file = _kept_file(source, config, cache_folder)
     if file.exists():
         try:
             lines = file.read_text(encoding="utf-8").split("\n")[:-1]
@@ -114,3 +119,14 @@ def _kept_documents(source: EvaluationConfig, config: DataConfig, cache_folder: 
             f"{file}: the cache cannot be written ({error.strerror or error}); free or choose another place"
         ) from error
     return documents
+
+
+def _kept_file(source: EvaluationConfig, config: DataConfig, cache_folder: Path, online: bool = True) -> Path | None:
+    """Where the documents of a dataset are kept; None: its commit is not known, and `online` does not allow to ask."""
+    made_of = identity(source, config.root, cache_folder, online)
+    if made_of is None:
+        return None
+    filters = {name: asdict(conditions) for name, conditions in source.filter.items()}
+    options = [source.text_field, source.answer_field, source.limit, filters, config.max_bad_fraction]
+    digest = hashlib.sha256(json.dumps([*made_of, *options]).encode()).hexdigest()
+    return cache_folder / "evaluation" / f"{digest}.jsonl"

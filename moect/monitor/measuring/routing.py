@@ -6,6 +6,7 @@ G groups of documents (texts), T tokens of a forward pass, L blocks with a modul
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import log
 
 import torch
 import torch.distributed as dist
@@ -20,14 +21,23 @@ class Routing:
     """What the modules did with one text.
 
     Attributes:
+        blocks: (L,), indices of the blocks that have a module.
         expert_load: (L, E), share of a block's assignments that each expert got; all 0 where no token reached it.
+        load_entropy: (L,), entropy of that load over log E: 1 where all experts get the same, 0 where one gets all (or
+            nothing came). Routing that collapses in deep blocks shows here (arXiv 2605.17598).
+        router_entropy: (L,), mean over tokens of the entropy of the router's scores over log E: 0 where it is sure.
         gate: mean weight p on the frozen FFN, over tokens and blocks (fusions `gate`, `discrete`, `fixed`); or the
             language gate's mean value q, over tokens; None for a plain `add`.
+        gate_by_block: (L,), mean p in each block; None without such a fusion (all share a language gate's value).
         open_share: share of tokens that the language gate lets through to the experts; None without one.
     """
 
+    blocks: list[int]
     expert_load: list[list[float]]
+    load_entropy: list[float]
+    router_entropy: list[float]
     gate: float | None
+    gate_by_block: list[float] | None
     open_share: float | None
 
 
@@ -47,7 +57,9 @@ class RoutingMeter:
         self.group_of_document = torch.tensor(group_of_document, device=device)
         G, L, E = max(group_of_document) + 1, len(modules), self.config.experts
         self.assignments_GLE = torch.zeros(G, L, E, dtype=torch.float64, device=device)
-        self.sums_G3 = torch.zeros(G, 3, dtype=torch.float64, device=device)  # tokens, gate values, open tokens
+        self.tokens_GL = torch.zeros(G, L, dtype=torch.float64, device=device)  # that reached the experts
+        self.entropy_GL, self.frozen_GL = (torch.zeros_like(self.tokens_GL) for _ in range(2))
+        self.gate_G3 = torch.zeros(G, 3, dtype=torch.float64, device=device)  # tokens, gate values, open tokens
 
     def add(self, record: ForwardRecord, document_T: Tensor) -> None:
         """Count one forward pass.
@@ -57,7 +69,6 @@ class RoutingMeter:
             document_T: int64, the document of each position, batch and sequence flattened; -1: do not count it.
         """
         group_T = torch.where(document_T >= 0, self.group_of_document[document_T.clamp_min(0)], -1)
-        self._sum(0, group_T, torch.ones_like(group_T))
         for layer, index in enumerate(self.blocks):
             block = record.blocks.get(index)
             if block is None:  # no token got through the language gate
@@ -66,29 +77,59 @@ class RoutingMeter:
             cell_NK = here_T[here_T >= 0, None] * self.config.experts + block.indices_TK[here_T >= 0]
             counts_GE = torch.bincount(cell_NK.flatten(), minlength=self.assignments_GLE[:, layer].numel())
             self.assignments_GLE[:, layer] += counts_GE.view_as(self.assignments_GLE[:, layer])
+            _sum(self.tokens_GL[:, layer], here_T, torch.ones_like(here_T))
+            _sum(self.entropy_GL[:, layer], here_T, self._entropy(block.logits_TE))
             if block.frozen_share_T is not None:
-                self._sum(1, here_T, block.frozen_share_T)
+                _sum(self.frozen_GL[:, layer], here_T, block.frozen_share_T)
         if record.gate_logit_T is not None:
             q_T = record.gate_logit_T.sigmoid()
-            self._sum(1, group_T, q_T)
-            self._sum(2, group_T, q_T > self.config.gate_threshold)
+            for column, value_T in enumerate((torch.ones_like(q_T), q_T, q_T > self.config.gate_threshold)):
+                _sum(self.gate_G3[:, column], group_T, value_T)
 
-    def result(self, world_size: int = 1) -> list[Routing]:
-        """The routing of each group, over all ranks. Call it once, on every rank."""
-        if world_size > 1:
-            dist.all_reduce(self.assignments_GLE)
-            dist.all_reduce(self.sums_G3)
+    def reduce(self) -> None:
+        """Add up over the ranks. Call it once, on every rank."""
+        for sums in (self.assignments_GLE, self.tokens_GL, self.entropy_GL, self.frozen_GL, self.gate_G3):
+            dist.all_reduce(sums)
+
+    def result(self) -> list[Routing]:
+        """The routing of each group."""
         load_GLE = self.assignments_GLE / self.assignments_GLE.sum(-1, keepdim=True).clamp_min(1)
-        tokens_G, gate_G, open_G = self.sums_G3.T
+        load_entropy_GL = torch.special.entr(load_GLE).sum(-1) / self._greatest_entropy
+        means = [sums_GL / self.tokens_GL.clamp_min(1) for sums_GL in (self.entropy_GL, self.frozen_GL)]
+        tokens_G, gate_G, open_G = self.gate_G3.T
+        gate_G, open_G = gate_G / tokens_G.clamp_min(1), open_G / tokens_G.clamp_min(1)
         has_language_gate = self.config.language_gate
-        values_G = tokens_G if has_language_gate else tokens_G * len(self.blocks)  # one a token, or one a block too
-        gate_G, open_G = gate_G / values_G.clamp_min(1), open_G / tokens_G.clamp_min(1)
-        has_gate = has_language_gate or self.config.fusion != "add"
+        has_fusion = not has_language_gate and self.config.fusion != "add"
+        if has_fusion:
+            gate_G = means[1].mean(1)
+        columns = (load_GLE, load_entropy_GL, *means, gate_G, open_G)
         return [
-            Routing(load, gate if has_gate else None, share if has_language_gate else None)
-            for load, gate, share in zip(load_GLE.tolist(), gate_G.tolist(), open_G.tolist(), strict=True)
+            Routing(
+                self.blocks,
+                load_LE,
+                load_entropy_L,
+                router_entropy_L,
+                gate if has_fusion or has_language_gate else None,
+                frozen_L if has_fusion else None,
+                share if has_language_gate else None,
+            )
+            for load_LE, load_entropy_L, router_entropy_L, frozen_L, gate, share in zip(
+                *(column.tolist() for column in columns), strict=True
+            )
         ]
 
-    def _sum(self, column: int, group_T: Tensor, value_T: Tensor) -> None:
-        counted_T = group_T >= 0
-        self.sums_G3[:, column].index_add_(0, group_T[counted_T], value_T[counted_T].double())
+    @property
+    def _greatest_entropy(self) -> float:
+        return log(self.config.experts) if self.config.experts > 1 else 1.0
+
+    def _entropy(self, logits_TE: Tensor) -> Tensor:
+        """Entropy (T,) of the router's scores as shares, over its greatest value."""
+        scores_TE = logits_TE.float()
+        scores_TE = scores_TE.softmax(-1) if self.config.router == "softmax" else scores_TE.sigmoid()
+        shares_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
+        return torch.special.entr(shares_TE).sum(-1) / self._greatest_entropy
+
+
+def _sum(sums_G: Tensor, group_T: Tensor, value_T: Tensor) -> None:
+    counted_T = group_T >= 0
+    sums_G.index_add_(0, group_T[counted_T], value_T[counted_T].double())

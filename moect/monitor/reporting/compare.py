@@ -1,97 +1,291 @@
-"""Several runs side by side: what each knew of every language in the end, and what their base knew."""
+"""Several runs side by side: what each has learned of the new languages, lost of the old ones, and what it cost."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import logging
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
+from typing import Literal
 
-from moect.errors import DataError
-from moect.monitor.reporting.plots import plot_comparison
-from moect.monitor.rows import Row, read_rows
+from moect.errors import ConfigError, DataError
+from moect.monitor.reporting import compare_table
+from moect.monitor.reporting.compare_table import MEASURES as MEASURES
+from moect.monitor.reporting.run_summary import Figures, Key, RunSummary, figures, summarise
+from moect.monitor.rows import Row
 
-MEASURES = {
-    "exact_match": "exact match, % (more is better)",
-    "bits_per_byte": "bits per byte (less is better)",
-}
+log = logging.getLogger("moect.monitor")
+
+Grouping = Literal["config", "name"]
+
+OUTPUTS = (".png", ".md", ".json")
+SAME_BASE = 1e-4  # bits per byte: two measurements of one base on one text differ by rounding only
+SEED = re.compile(r"(?:[-_](?:seed|s)?[-_=]?|seed)\d+$")  # at the end of a run's name
+
+
+@dataclass
+class Entry:
+    """A line of the comparison: a run, or several of one method that differ in their seed.
+
+    Attributes:
+        name: of the line.
+        runs: its runs.
+        figures: of each run, on the texts that all runs share.
+    """
+
+    name: str
+    runs: list[RunSummary]
+    figures: list[Figures]
+
+    def spread(self, values: list[float | None]) -> tuple[float | None, float | None]:
+        """Mean and sample standard deviation of one value a run; None: nothing to take it of."""
+        known = [value for value in values if value is not None]
+        return mean(known) if known else None, stdev(known) if len(known) > 1 else None
+
+    def of_text(self, key: Key, name: str) -> tuple[float | None, float | None]:
+        """`spread` of a key of the row of a text."""
+        return self.spread([run.rows[key].get(name) for run in self.runs])
 
 
 @dataclass
 class Comparison:
-    """The last measured checkpoint of each run, text by text.
+    """A checkpoint of each run on the held-out texts that all of them share.
 
     Attributes:
-        measure: key of MEASURES.
-        names: of the runs.
-        texts: (lang, role, domain, documents, base value, value of each run), old languages first. Exact match in %.
+        entries: lines, in the order in which their first runs were given.
+        texts: a row of each shared text, of the first run: what holds for all of them; old languages first.
+        left_out: texts that are not compared, and why.
+        last: whether the last checkpoints were asked for.
     """
 
-    measure: str
-    names: list[str]
-    texts: list[tuple[str, str, str, int, float, list[float]]]
+    entries: list[Entry]
+    texts: list[Row]
+    left_out: dict[str, str]
+    last: bool
 
-    def table(self, markdown: bool = False) -> str:
-        """An aligned table, or a Markdown one, with each role's mean where a mean has a meaning."""
-        form = "{:.1f}" if self.measure == "exact_match" else "{:.4f}"
-        lines = [["language", "role", "domain", "documents", "base", *self.names]]
-        for role in ("old", "new"):
-            members = [t for t in self.texts if t[1] == role]
-            for lang, _, domain, documents, base, values in members:
-                lines.append([lang, role, domain, str(documents), *(form.format(v) for v in (base, *values))])
-            if self.measure == "exact_match" and len(members) > 1:  # bits per byte do not compare across languages
-                columns = zip(*([base, *values] for *_, base, values in members), strict=True)
-                lines.append(["mean", role, "", "", *(form.format(sum(c) / len(c)) for c in columns)])
-        if markdown:
-            rule = ["---"] * 3 + ["---:"] * (len(lines[0]) - 3)
-            return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        sides = ["<"] * 3 + [">"] * (len(widths) - 3)
-        aligned = [
-            "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths, strict=True))
-            for line in lines
-        ]
-        return "\n".join([aligned[0].rstrip(), "-" * len(aligned[0]), *(line.rstrip() for line in aligned[1:])])
+    @property
+    def runs(self) -> list[RunSummary]:
+        """All runs."""
+        return [run for entry in self.entries for run in entry.runs]
+
+    @property
+    def measure(self) -> str:
+        """Key of MEASURES: exact match where every text has answers, else bits per byte."""
+        answered = all(run.rows[key_of(t)].get("exact_match") is not None for run in self.runs for t in self.texts)
+        return "exact_match" if answered else "bits_per_byte"
+
+    def overview(self, markdown: bool = False) -> str:
+        """A line a run: gain, loss, exactness, cost."""
+        return compare_table.overview(self, markdown)
+
+    def definitions(self, markdown: bool = False) -> str:
+        """What the overview shows, and what its columns mean."""
+        return compare_table.definitions(self, markdown)
+
+    def table(self, markdown: bool = False, measure: str | None = None) -> str:
+        """A line a text, a column a run.
+
+        Args:
+            markdown: in place of aligned columns.
+            measure: key of MEASURES; None: `self.measure`.
+        """
+        return compare_table.by_text(self, measure or self.measure, markdown)
+
+    def render(self, markdown: bool = False) -> str:
+        """All of it as text."""
+        return compare_table.render(self, markdown)
 
     def plot(self, path: Path) -> None:
-        """Bars by language, a colour a run, as a PNG."""
-        labels = [f"{lang} ({role})" for lang, role, *_ in self.texts]
-        series = {"base": [t[4] for t in self.texts]}
-        series |= {name: [t[5][i] for t in self.texts] for i, name in enumerate(self.names)}
-        plot_comparison(labels, series, MEASURES[self.measure], path)
+        """Loss against gain, a point a run; beside it bars by language. As a PNG."""
+        from moect.monitor.reporting.compare_plot import plot
+
+        plot(self, Path(path))
+
+    def as_dict(self) -> dict:
+        """All figures as plain values: shares, 1 being all; bits per byte; bytes."""
+        return {
+            "texts": [{name: row[name] for name in ("lang", "role", "domain", "documents")} for row in self.texts],
+            "left_out": self.left_out,
+            "runs": [
+                {"group": entry.name, **_run_dict(run), **dataclasses.asdict(values), "rows": self._rows(run)}
+                for entry in self.entries
+                for run, values in zip(entry.runs, entry.figures, strict=True)
+            ],
+        }
+
+    def _rows(self, run: RunSummary) -> list[Row]:
+        return [run.rows[key_of(text)] for text in self.texts]
+
+    def write(self, path: Path) -> Path:
+        """Write the plot (.png), the tables (.md) or all figures (.json); never over a file.
+
+        Raises:
+            ConfigError: another ending, a file that exists, or a place that cannot be written.
+        """
+        path = check_output(path)
+        part = path.with_name(f".{path.name}.part{path.suffix}")  # matplotlib goes by the ending
+        try:
+            if path.suffix == ".png":
+                self.plot(part)
+            else:
+                as_json = path.suffix == ".json"
+                text = json.dumps(self.as_dict(), indent=1, ensure_ascii=False) if as_json else self.render(True)
+                part.write_text(text + "\n", encoding="utf-8")
+            path.open("x").close()  # it may have come to be meanwhile
+            os.replace(part, path)
+        except FileExistsError as error:
+            raise _exists(path) from error
+        except OSError as error:
+            raise ConfigError(
+                f"--output {path}: cannot be written: {error.strerror or error}; give another place"
+            ) from error
+        finally:
+            part.unlink(missing_ok=True)
+        return path
 
 
-def compare(runs: list[Path]) -> Comparison:
-    """Compare the last measured checkpoints of runs that share their held-out texts and base.
-
-    Exact match is compared where every text has answers, else bits per byte.
+def check_output(path: Path) -> Path:
+    """Refuse, before anything is read, a file that `Comparison.write` could not write.
 
     Raises:
-        DataError: a run that was never measured, texts that differ, or a base that differs.
+        ConfigError: another ending, a file that exists, or no folder for it.
     """
-    last = {}
-    for run in map(Path, runs):
-        rows = read_rows(run / "monitor")
-        if not rows:
-            raise DataError(f"{run}: has no measurements (monitor/forgetting.jsonl); give the folders of finished runs")
-        last[run] = {(r["lang"], r["domain"]): r for r in rows if r["step"] == rows[-1]["step"]}
-    first_run, first = next(iter(last.items()))
-    for run, rows in last.items():
-        if rows.keys() != first.keys():
-            odd = sorted(rows.keys() ^ first.keys())[0]
-            raise DataError(
-                f"{run} and {first_run}: measured on different texts, first {odd[0]!r} {odd[1]!r}; compare like runs"
-            )
-        for key, row in rows.items():
-            if abs(row["base_bits_per_byte"] - first[key]["base_bits_per_byte"]) > 1e-4:
-                raise DataError(f"{run} and {first_run}: their bases differ on {key[0]!r}; compare runs of one base")
-    measure = "exact_match" if all("exact_match" in row for row in first.values()) else "bits_per_byte"
-    scale = 100 if measure == "exact_match" else 1
-    ordered = sorted(first.items(), key=lambda item: item[1]["role"] == "new")
-    texts = [
-        (*_facts(row), scale * row[f"base_{measure}"], [scale * rows[key][measure] for rows in last.values()])
-        for key, row in ordered
+    path = Path(path)
+    if path.suffix not in OUTPUTS:
+        raise ConfigError(f"--output {path}: give a name that ends in {', '.join(OUTPUTS)}")
+    if path.exists():
+        raise _exists(path)
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"--output {path}: there is no folder {path.absolute().parent}; make it first")
+    return path
+
+
+def compare(runs: list[Path], last: bool = False, group: Grouping | None = None) -> Comparison:
+    """Compare runs on the held-out texts that they share.
+
+    Args:
+        runs: their folders; the same base, measured in the same way.
+        last: show the last checkpoint of each; else the best within its budget, and the last where there is none.
+        group: put runs into one line, as mean and standard deviation: those whose configurations differ in seed and
+            name alone, or those with one name but for a seed at its end (`moe-ct-1`, `moe-ct-seed2`).
+
+    Raises:
+        ConfigError: a folder that is no run's.
+        DataError: a run that was never measured or is given twice, no text that all share, or a base that differs.
+    """
+    folders = [Path(run) for run in runs]
+    real = [folder.resolve() for folder in folders]
+    for number, folder in enumerate(folders):
+        if real[number] in real[:number]:
+            raise DataError(f"{folder}: is given twice; give each run once")
+    summaries = [summarise(folder, last) for folder in folders]
+    _name(summaries)
+    keys, left_out = _shared(summaries)
+    if left_out:
+        reasons = "; ".join(f"{text} ({why})" for text, why in left_out.items())
+        log.info("not every run was measured on the same texts; left out: %s", reasons)
+    texts = [summaries[0].rows[key] for key in keys]
+    entries = [
+        Entry(name, members, [figures([run.rows[key] for key in keys]) for run in members])
+        for name, members in _grouped(summaries, group)
     ]
-    return Comparison(measure, [run.name for run in last], texts)
+    return Comparison(entries, sorted(texts, key=lambda row: row["role"] == "new"), left_out, last)
 
 
-def _facts(row: Row) -> tuple[str, str, str, int]:
-    return row["lang"], row["role"], row["domain"], row["documents"]
+def key_of(row: Row) -> Key:
+    """Of its text."""
+    return row["lang"], row["domain"]
+
+
+def _shared(runs: list[RunSummary]) -> tuple[list[Key], dict[str, str]]:
+    """Texts that every run was measured on, in the order of the first run; and the others, with the reason."""
+    first = runs[0]
+    shared, left_out = [], {}
+    for key in dict.fromkeys(key for run in runs for key in run.rows):
+        named = f"{key[0]} {key[1]}"
+        if missing := [run.name for run in runs if key not in run.rows]:
+            left_out[named] = f"not measured in {', '.join(missing)}"
+        elif why := next((why for run in runs[1:] if (why := _difference(first, run, key))), None):
+            left_out[named] = why
+        else:
+            shared.append(key)
+    if not shared:
+        text, why = next(iter(left_out.items()))
+        raise DataError(f"the runs share no held-out text: {text} {why}; compare runs that measure the same texts")
+    return shared, left_out
+
+
+def _difference(first: RunSummary, run: RunSummary, key: Key) -> str | None:
+    """Why a text of that name is not the same in two runs; None: it is."""
+    one, other = first.rows[key], run.rows[key]
+    if one["role"] != other["role"]:
+        return f"{one['role']} in {first.name}, {other['role']} in {run.name}"
+    bases_differ = abs(one["base_bits_per_byte"] - other["base_bits_per_byte"]) > SAME_BASE
+    # bytes alone say little: without BOS an added token at the beginning leaves out more of the same text
+    if one["documents"] != other["documents"] or (bases_differ and one["bytes"] != other["bytes"]):
+        return f"another text of that name in {run.name}"
+    if bases_differ:
+        raise DataError(
+            f"{run.folder} and {first.folder}: their bases differ on {key[0]} {key[1]} "
+            f"({other['base_bits_per_byte']:.4f} and {one['base_bits_per_byte']:.4f} bits per byte); compare runs of "
+            "one base, measured with the same precision and `monitor.window`"
+        )
+    return None
+
+
+def _name(runs: list[RunSummary]) -> None:
+    """Folders of one name are called by more of their path."""
+    for parts in range(2, 1 + max(len(run.folder.absolute().parts) for run in runs)):
+        names = [run.name for run in runs]
+        for run, name in zip(runs, names, strict=True):
+            if names.count(name) > 1:
+                run.name = "/".join(run.folder.absolute().parts[-parts:])
+
+
+def _grouped(runs: list[RunSummary], group: Grouping | None) -> list[tuple[str, list[RunSummary]]]:
+    if group is None:
+        return [(run.name, [run]) for run in runs]
+    of_key = _without_seed if group == "name" else _configuration
+    groups: dict[str, list[RunSummary]] = {}
+    for run in runs:
+        groups.setdefault(of_key(run), []).append(run)
+    named = [(_group_name(members), members) for members in groups.values()]
+    names = [name for name, _ in named]
+    return [(name if names.count(name) == 1 else members[0].name, members) for name, members in named]
+
+
+def _without_seed(run: RunSummary) -> str:
+    return SEED.sub("", run.name) or run.name
+
+
+def _configuration(run: RunSummary) -> str:
+    """All that decides about a run but its seed; not how it was named, stopped and resumed."""
+    values = dataclasses.asdict(run.config)
+    for name in ("name", "output", "resume", "seed"):
+        del values[name]
+    del values["train"]["stop_after"]
+    return json.dumps(values, sort_keys=True)
+
+
+def _group_name(members: list[RunSummary]) -> str:
+    """What the names have in common."""
+    if len(members) == 1:
+        return members[0].name
+    names = {_without_seed(run) for run in members}
+    if len(names) == 1:
+        return names.pop()
+    return os.path.commonprefix(sorted(names)).rstrip("-_ /.") or members[0].config.method
+
+
+def _run_dict(run: RunSummary) -> dict:
+    plain = ("name", "step", "choice", "within", "tokens", "trainable", "tokens_per_second")
+    values = {name: getattr(run, name) for name in (*plain, "peak_memory", "planned_memory")}
+    return {"folder": str(run.folder), "method": run.config.method, "seed": run.config.seed, **values}
+
+
+def _exists(path: Path) -> ConfigError:
+    return ConfigError(f"--output {path}: the file exists and is not overwritten; give another name")

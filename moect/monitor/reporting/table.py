@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moect.monitor.reporting.figures import share_text
 from moect.monitor.rows import Row
 
 # heading, is it left-aligned
@@ -14,6 +15,8 @@ COLUMNS = {
     "delta": False,
     "retention": False,
     "gain": False,
+    "95%": False,
+    "identical": False,
     "exact match": False,
     "gate": False,
     "open": False,
@@ -25,6 +28,8 @@ def render_table(rows: list[Row]) -> str:
     """An aligned table: a line a text, old languages first, and each role's mean.
 
     The mean leaves bits per byte out: they cannot be compared across languages. A column that nobody fills is left out.
+    `95%` is the interval of retention or gain; `identical` the share of documents with the base's logits, bit for bit,
+    and in brackets that of tokens.
 
     Args:
         rows: of one step.
@@ -42,6 +47,7 @@ def render_table(rows: list[Row]) -> str:
     heading = "  ".join(_align(c, widths[c], COLUMNS[c]) for c in used).rstrip()
     rule = "-" * max(map(len, [heading, *aligned]))
     title = f"step {rows[0]['step']}: bits per byte on held-out text, base and model"
+    title += "; documents (tokens) with the base's logits" if "identical" in used else ""
     return "\n".join([title, heading, rule, *aligned])
 
 
@@ -66,10 +72,28 @@ def _cells(row: Row) -> dict[str, str]:
         "delta": number("delta", "+.4f"),
         "retention": percent(row.get("retention"), 2),
         "gain": percent(row.get("gain"), 2),
+        "95%": _interval(row),
+        "identical": _identical(row),
         "exact match": exact,
         "gate": number("gate", ".3f"),
         "open": percent(row.get("open_share")),
     }
+
+
+def _interval(row: Row) -> str:
+    """The 95% interval of retention or gain."""
+    key = "retention" if row.get("role") == "old" else "gain"
+    low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
+    return "" if low is None or high is None else f"{percent(low, 2).removesuffix('%')} to {percent(high, 2)}"
+
+
+def _identical(row: Row) -> str:
+    """Documents whose logits are the base's, bit for bit: their share, and that of such tokens."""
+    exact = row.get("exact")
+    if not exact:
+        return ""
+    tokens = share_text(exact["identical_tokens"] / exact["tokens"]) if exact["tokens"] else ""
+    return f"{share_text(exact['identical_documents'] / exact['documents'])} ({tokens})"
 
 
 def _mean(rows: list[Row]) -> Row:

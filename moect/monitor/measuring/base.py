@@ -1,0 +1,52 @@
+"""The base that a model is held against: inside it where the method keeps it, else loaded beside it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
+
+from torch import nn
+
+from moect.config import RunConfig
+from moect.distributed import is_main
+from moect.model.append import modules_of
+from moect.model.build import DTYPES, base_view, load_base, lora_layers
+from moect.monitor.measuring.exactness import Base
+
+log = logging.getLogger("moect.monitor")
+
+
+@contextmanager
+def base_of(model: nn.Module, config: RunConfig, wanted: bool = True) -> Iterator[Base | None]:
+    """Inside, what makes the base of a model: call it for a context whose value computes what the base computes.
+
+    Args:
+        model: the causal LM.
+        config: of its run.
+        wanted: whether it is needed; if not, none is loaded.
+
+    Yields:
+        It; None where it is not wanted, or training everything has left none and it cannot be loaded: a base made from
+        scratch, or one divided among the ranks (ZeRO-3).
+    """
+    if not wanted:
+        yield None
+    elif modules_of(model) or lora_layers(model):
+        yield lambda: base_view(model)
+    elif config.model.base is None:
+        yield None
+    elif config.train.zero_stage == 3:
+        _say_once("the base is not held beside a model that is trained whole with ZeRO 3: logits are not compared")
+        yield None
+    else:
+        base = load_base(config.model, DTYPES[config.train.precision], config.seed)
+        base.to(next(model.parameters()).device)
+        yield lambda: nullcontext(base)
+
+
+@cache
+def _say_once(text: str) -> None:
+    if is_main():
+        log.warning(text)

@@ -1,0 +1,122 @@
+"""What the trainer does when the monitor finds that an old language lost more than it may.
+
+Each action follows from a checkpoint's measurements and the configuration alone, and is taken right after the
+measurement. A resumed run judges the measurements of its checkpoint once more and so takes the same action again.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moect import distributed
+from moect.errors import ForgettingError
+from moect.monitor.rows import Row, drop_rows_after
+from moect.monitor.verdict import Verdict, judge
+from moect.train import checkpoint
+from moect.train.best import best_checkpoint
+
+if TYPE_CHECKING:
+    from moect.train.loop import Run
+
+log = logging.getLogger("moect.train")
+
+
+def act(run: Run, rows: list[Row]) -> None:
+    """Judge a checkpoint and do what `monitor.action` says. Every rank calls it with the same rows.
+
+    Raises:
+        ForgettingError: the run is to end.
+    """
+    verdict = judge(rows, run.config)
+    there = distributed.on_main(lambda: best_checkpoint(run.folder, run.config))
+    run.log.write(
+        event="verdict",
+        step=verdict.step,
+        within=verdict.within,
+        excess=[str(e) for e in verdict.excess],
+        gain=verdict.gain,
+        retention=verdict.retention,
+        best=there.step if there else None,
+    )
+    if verdict.within or verdict.step == 0:  # nothing was trained yet
+        return
+    why = "; ".join(str(e) for e in verdict.excess)
+    action = run.config.monitor.action
+    if action == "replay":
+        _raise_replay(run, why)
+    elif action == "rollback":
+        _roll_back(run, there, why)
+    elif action == "stop":
+        raise _end(run, there, why)
+    elif run.main:
+        log.warning("step %d: beyond monitor.max_forgetting: %s", verdict.step, why)
+
+
+def _raise_replay(run: Run, why: str) -> None:
+    share = _more_replay(run)
+    if run.main:
+        now = f"replay {run.loader.replay:.1%} -> {share:.1%}" if share else "replay is at monitor.max_replay already"
+        log.warning("step %d: beyond monitor.max_forgetting: %s; %s", run.step, why, now)
+    if share:
+        run.loader.set_replay(share)
+        run.log.write(event="action", step=run.step, action="replay", why=why, replay=share, to=None)
+
+
+def _roll_back(run: Run, there: Verdict | None, why: str) -> None:
+    """Weights and optimizer as in the best checkpoint; the text goes on, with more replay, to another end."""
+    monitor = run.config.monitor
+    if there is None:
+        raise _end(run, there, f"{why}; no checkpoint is within it")
+    if run.rollbacks >= monitor.max_rollbacks:
+        raise _end(run, there, f"{why}; went back {run.rollbacks} times, as often as monitor.max_rollbacks allows")
+    came_from, share = run.step, _more_replay(run)
+    path = run.folder / "checkpoints" / f"step-{there.step}"
+    run.go_back(path)
+    if share:
+        run.loader.set_replay(share)
+    run.rollbacks += 1
+    if run.main:
+        log.warning(
+            "step %d: beyond monitor.max_forgetting: %s; back to %s, replay %.1f%%, the text goes on",
+            came_from,
+            why,
+            path,
+            100 * run.loader.replay,
+        )
+    run.log.write(
+        **{"event": "action", "step": there.step, "from": came_from, "action": "rollback", "why": why},
+        replay=share,
+        to=there.step,
+    )
+    # First the checkpoint to go on from, with the text's position and the replay of now. Killed before the others are
+    # gone, a run resumes from the one beyond the limit, judges it again and comes here again, with the same values.
+    run.save()
+    distributed.on_main(lambda: _undo_after(run.folder, there.step))
+
+
+def _end(run: Run, there: Verdict | None, why: str) -> ForgettingError:
+    run.log.write(event="action", step=run.step, action="stop", why=why, replay=None, to=None)
+    run.log.write(event="stop", step=run.step)
+    exported = f"the best within it is step-{there.step}, which `moect export` takes" if there else "none is within it"
+    return ForgettingError(
+        f"{run.folder}: ends at step {run.step}, beyond monitor.max_forgetting: {why}; of the checkpoints {exported}; "
+        "to go on, raise data.replay, monitor.max_forgetting or change monitor.action, with resume=auto"
+    )
+
+
+def _more_replay(run: Run) -> float | None:
+    """The next share of replay; None where it is as high as it may be."""
+    monitor, now = run.config.monitor, run.loader.replay
+    share = min(monitor.max_replay, now * monitor.replay_factor)
+    return share if share > now else None
+
+
+def _undo_after(folder: Path, step: int) -> None:
+    """Checkpoints and measurements of later steps are of a course that is not taken any more."""
+    for path in checkpoint.list_checkpoints(folder / "checkpoints"):
+        if checkpoint.step_of(path) > step:
+            shutil.rmtree(path)
+    drop_rows_after(folder / "monitor", step)

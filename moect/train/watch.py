@@ -1,0 +1,113 @@
+"""The monitor in a training: measures at checkpoints, tells what it found, and never ends the run."""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+from torch import nn
+
+from moect import distributed
+from moect.config import RunConfig
+from moect.errors import MoectError, RankLost
+from moect.model.build import base_view
+from moect.monitor.forgetting import ForgettingMonitor
+from moect.monitor.measuring.base import base_of
+from moect.monitor.measuring.cost import USUAL_SHARE
+from moect.monitor.reporting.table import render_table
+from moect.monitor.reporting.tensorboard import write_scalars
+from moect.monitor.rows import Row
+from moect.train.folder import RunLog
+from moect.train.meters import duration
+
+log = logging.getLogger("moect.monitor")
+
+
+class Watch:
+    """Calls the monitor for one run.
+
+    Args:
+        monitor: that it calls.
+        config: the run's.
+        run_log: told how long it took, and what failed.
+        writer: TensorBoard's; None on other ranks than the main one.
+
+    Attributes:
+        seconds: that measuring has taken.
+    """
+
+    def __init__(self, monitor: ForgettingMonitor, config: RunConfig, run_log: RunLog, writer):
+        self.monitor, self.config, self.log, self.writer = monitor, config, run_log, writer
+        self.seconds = 0.0
+
+    def measure_base(self, model: nn.Module) -> None:
+        """Measure the base, unless that was done before.
+
+        Args:
+            model: before the first step, when what it computes with its module switched off is the base.
+        """
+        with nullcontext() if self.config.method == "full" else base_view(model):
+            self._guarded(0, lambda: self.monitor.measure_base(model))
+
+    def measure(self, model: nn.Module, step: int, again: bool = True) -> list[Row] | None:
+        """Measure a step and tell what was found.
+
+        Args:
+            model: as it is now.
+            step: optimizer steps behind it.
+            again: although it was measured before.
+
+        Returns:
+            The rows of its texts, the same on every rank; None where the monitor failed.
+        """
+        return self._guarded(step, lambda: self._measure(model, step, again))
+
+    def tell_cost(self, seconds: float) -> None:
+        """Say what share of a run's time went into measuring.
+
+        Args:
+            seconds: that the run took.
+        """
+        share = self.seconds / seconds
+        remedy = ""
+        if share > USUAL_SHARE:
+            remedy = (
+                "; less with a `limit` in data.evaluation, a smaller monitor.compare, or a greater train.save_every"
+            )
+        print(f"the monitor took {duration(self.seconds)}, {share:.1%} of the time{remedy}", flush=True)
+
+    def _measure(self, model: nn.Module, step: int, again: bool) -> list[Row]:
+        monitor = self.monitor
+        if not again and (rows := monitor.rows(step)):
+            return rows
+        with base_of(model, self.config, wanted=bool(monitor.compared) or not monitor.has_base()) as base:
+            if base and not monitor.has_base():  # that failed before the first step
+                with base() as base_model:
+                    monitor.measure_base(base_model)
+            rows = monitor.measure(model, step, base)
+        if distributed.is_main():
+            write_scalars(self.writer, rows, step)
+            print(f"\n{render_table(rows)}\n", flush=True)
+        return rows
+
+    def _guarded(self, step: int, work: Callable[[], Any]) -> Any:
+        """What the work gives, or None, said and logged, where it fails. It fails on all ranks or on none."""
+        start = time.perf_counter()
+        try:
+            return work()
+        except RankLost:  # the others wait for this rank: only its end lets them go
+            raise
+        except Exception as error:
+            if distributed.is_main():
+                what = str(error) if isinstance(error, MoectError) else f"{type(error).__name__}: {error}"
+                log.warning("the monitor failed at step %d, and the run goes on: %s", step, what)
+            self.log.write(event="monitor failed", step=step, error=repr(error), traceback=traceback.format_exc())
+            return None
+        finally:
+            took = time.perf_counter() - start
+            self.seconds += took
+            self.log.write(event="monitor", step=step, seconds=round(took, 3))
