@@ -277,6 +277,7 @@ def _conclude(config: RunConfig, later: list[RunConfig]) -> bool:
     """Export a stage if it is a base, and report on it; False if it is not finished."""
     from moect.export.merged import export_run
     from moect.monitor.reporting.report import write_report
+    from moect.monitor.reporting.tensorboard import write_end
 
     finished = _ended(config)
     if finished and _is_base(config, later) and not Path(_export(config)).exists():
@@ -284,8 +285,9 @@ def _conclude(config: RunConfig, later: list[RunConfig]) -> bool:
     try:
         for path in write_report(config.folder):
             print(f"wrote {path}", flush=True)
-    except MoectError as error:  # no reason to hold the training up
-        log.warning("no report: %s", error)
+        write_end(config)
+    except Exception as error:  # no reason to hold the training up, or the stages after it
+        log.warning("no report: %s", error if isinstance(error, MoectError) else repr(error))
     if not finished and later:
         print(f"{config.folder}: not finished, so {', '.join(c.name for c in later)} must wait", flush=True)
     return finished

@@ -70,7 +70,7 @@ def test_rows_hold_what_the_scores_say(make_monitor, tokenizer, tmp_path):
     rows = monitor.measure(model, step=7)
     common = ["step", "lang", "role", "domain", "bits_per_byte", "base_bits_per_byte", "delta"]
     bounds = lambda *names: [f"{name}_{end}" for name in names for end in ("low", "high")]  # noqa: E731
-    common += ["bytes", "documents", *bounds("bits_per_byte", "delta")]
+    common += ["bytes", "tokens", "documents", *bounds("bits_per_byte", "delta")]
     module = ["expert_load", "blocks", "load_entropy", "router_entropy", "gate", "gate_by_block"]
     assert set(rows[0]) == {*common, "retention", *bounds("retention"), *module}
     assert set(rows[1]) == {*common, "gain", *bounds("gain"), *module}

@@ -327,6 +327,8 @@ def test_a_task_without_examples_of_its_own_takes_them_from_a_further_file(place
 
 
 def test_nothing_that_a_training_depends_on_is_different_afterwards(place, tokenizer):
+    import datasets  # noqa: F401  (to import it sets its logger up)
+
     model = make_model().train()
     model.model.norm.eval()
     seen = []
@@ -398,6 +400,7 @@ def test_the_key_is_of_all_that_a_result_depends_on(place, tokenizer, tmp_path):
     def key(**changes):
         return Tasks(both(place, **changes), tokenizer).key
 
+    write_lines(place / "others.jsonl", choices(5, seed=3))
     kept = key()
     assert key() == kept
     keys = [
@@ -405,7 +408,7 @@ def test_the_key_is_of_all_that_a_result_depends_on(place, tokenizer, tmp_path):
         key(shots=1),
         key(limit=3),
         key(lang="cy"),
-        key(files={**FILES, "validation": "train.jsonl"}, shots=0),
+        key(files={**FILES, "validation": "others.jsonl"}, shots=1),
     ]
     keys.append(Tasks(both(place), tokenizer, make_tokenizer(tmp_path, bos=False)).key)
     changed = write_task(tmp_path, CHOICE, target_delimiter="")

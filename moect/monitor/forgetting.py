@@ -239,7 +239,9 @@ class ForgettingMonitor:
         row = {"lang": text.lang, "role": text.role, "domain": text.domain}
         row |= {"bits_per_byte": bits, "base_bits_per_byte": base_bits, "delta": bits - base_bits}
         row[verdict] = (retention if text.role == "old" else gain)(bits, base_bits)
-        row |= {"bytes": sum(now.n_bytes), "documents": len(now.nll)}
+        of_text = [i for i, of in enumerate(self.text_of_document) if of == index]
+        predictions = sum(max(0, len(self.documents[i].ids) - 1) for i in of_text)
+        row |= {"bytes": sum(now.n_bytes), "tokens": predictions, "documents": len(of_text)}
         resamples = self.config.monitor.resamples
         if resamples:
             columns = (np.array(values, dtype=np.float64) for m in (now, base) for values in (m.nll, m.n_bytes))
@@ -248,10 +250,8 @@ class ForgettingMonitor:
                     row |= {f"{name}_low": low, f"{name}_high": high}
         if now.exact_match is not None:
             row |= {"exact_match": now.exact_match, "base_exact_match": base.exact_match}
-        if comparison:
-            of_text = [i for i, of in enumerate(self.text_of_document) if of == index]
-            if exact := comparison.result(of_text, resamples):
-                row["exact"] = exact
+        if comparison and (exact := comparison.result(of_text, resamples)):
+            row["exact"] = exact
         if routed:
             row["expert_load"] = [[round(share, 4) for share in load_E] for load_E in routed.expert_load]
             row |= {key: value for key, value in asdict(routed).items() if key != "expert_load" and value is not None}

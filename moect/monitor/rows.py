@@ -1,6 +1,6 @@
 """monitor/forgetting.jsonl: one JSON object a checkpoint, language and domain.
 
-    step, lang, role, domain, documents, bytes
+    step, lang, role, domain, documents, bytes, tokens (predictions)
     bits_per_byte, base_bits_per_byte, delta (model - base); retention (old languages) or gain (new ones)
     bits_per_byte_low, bits_per_byte_high and so on for delta, retention, gain   95% intervals, if there are any
     exact_match, base_exact_match                        where the text has answers

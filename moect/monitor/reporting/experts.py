@@ -64,12 +64,13 @@ def mean_load(rows: list[Row]) -> np.ndarray | None:
     """(L, E): share of a block's assignments that each expert gets over all texts; all 0 in a block that no token
     reached; None without modules.
 
-    A text weighs by its bytes, and by the share of its tokens that reach the experts: rows do not count tokens.
+    A text weighs by its tokens that reach the experts (by its bytes in rows of before tokens were counted).
     """
     measured = [row for row in rows if row.get("expert_load")]
     if not measured:
         return None
-    total_LE = sum(np.array(row["expert_load"]) * row.get("bytes", 1) * row.get("open_share", 1.0) for row in measured)
+    weights = [row.get("tokens", row.get("bytes", 1)) * row.get("open_share", 1.0) for row in measured]
+    total_LE = sum(np.array(row["expert_load"]) * weight for row, weight in zip(measured, weights, strict=True))
     sum_L1 = total_LE.sum(1, keepdims=True)
     return np.divide(total_LE, sum_L1, out=np.zeros_like(total_LE), where=sum_L1 > 0)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moect.config import RunConfig
 from moect.monitor.reporting.figures import at_step, change, identical, mean, role
-from moect.monitor.rows import Row
+from moect.monitor.rows import Row, read_rows
 
 SCALARS = ("bits_per_byte", "delta", "retention", "gain", "exact_match")
 EXACT = ("top1_agreement", "kl", "max_logit_difference")
@@ -47,6 +47,16 @@ def write_scalars(writer, rows: list[Row], step: int) -> None:
             load_LE = row["expert_load"]
             greatest = max(map(max, load_LE)) * len(load_LE[0])  # 1: every expert got the same
             writer.add_scalar(f"routing/{name}/greatest_load", greatest, step)
+
+
+def write_end(config: RunConfig) -> None:
+    """The report's pictures and the hparams of a run that has ended, beside its scalars."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    rows = read_rows(config.folder / "monitor")
+    with SummaryWriter(config.folder / "tensorboard") as writer:
+        write_images(writer, config.folder / "plots", rows[-1]["step"] if rows else 0)
+        write_hparams(writer, config, rows)
 
 
 def write_images(writer, plots: Path, step: int) -> None:
