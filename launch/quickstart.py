@@ -93,6 +93,7 @@ def _quickstart(folder: Path, seed: int, quick: bool) -> None:
     print(f"{comparison.table()}\n\n{comparison.overview()}")
     print(f"\n{CAVEATS}\n")
     print(f"Report: {shown}/report.md    plot: {shown}/comparison.png    exported model: {shown}/moe-ct/export")
+    print(f"To look at in a browser: {shown}/moe-ct/report.html")
 
 
 def _make_corpus(folder: Path, seed: int) -> None:

@@ -50,7 +50,7 @@ stages:
 ```
 
 On the command line `train.lr=1e-4` is for every stage and `stages.review.train.lr=1e-4` for one. With `resume: auto`
-finished stages are skipped and the first that is not finished goes on. Each stage's `report.md` is written when it
+finished stages are skipped and the first that is not finished goes on. Each stage's report is written when it
 ends. A review begins with the weights of the stage before it, and with no momentum; corpora that both read are read on
 where the first stopped; both are measured against the same base."""
 
