@@ -15,7 +15,7 @@ setup(
         "moect.dispatch": ["csrc/*"],  # compiled where they are used, as is the next
         "moect.bench": ["*.cpp"],
         "moect.monitor.tasks": ["files/*"],
-        "moect.monitor.reporting": ["templates/*"],
+        "moect.monitor.reporting.page": ["templates/*"],
     },
     install_requires=[
         "backports.zstd>=1.8,<2; python_version < '3.14'",

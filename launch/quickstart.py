@@ -19,7 +19,9 @@ from pathlib import Path
 from moect.data.reading.numbers import LANGUAGES, write_numbers
 from moect.data.vocabulary.tokenizer import train_tokenizer
 from moect.errors import MoectError
-from moect.monitor.reporting.compare import Comparison, compare
+from moect.monitor.comparing.comparison import Comparison, compare
+from moect.monitor.comparing.plot import plot
+from moect.monitor.comparing.table import by_text, definitions, overview
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 512
@@ -90,7 +92,7 @@ def _quickstart(folder: Path, seed: int, quick: bool) -> None:
     _write_report(folder, comparison, seed)
     documents = {text["documents"] for text in comparison.texts}
     print(f"\nExact match in % on {_span(documents)} held-out numbers a language, seed {seed}\n")
-    print(f"{comparison.table()}\n\n{comparison.overview()}")
+    print(f"{by_text(comparison)}\n\n{overview(comparison)}")
     print(f"\n{CAVEATS}\n")
     print(f"Report: {shown}/report.md    plot: {shown}/comparison.png    exported model: {shown}/moe-ct/export")
     print(f"To look at in a browser: {shown}/moe-ct/report.html")
@@ -131,18 +133,18 @@ def _limit(steps: int | None) -> list[str]:
 
 
 def _write_report(folder: Path, comparison: Comparison, seed: int) -> None:
-    comparison.plot(folder / "comparison.png")
+    plot(comparison, folder / "comparison.png")
     text = f"""# Quick start
 
 Exact match in % on held-out numbers, before (base) and after each method; seed {seed}.
 
-{comparison.table(markdown=True)}
+{by_text(comparison, markdown=True)}
 
 In bits per byte, and what it took:
 
-{comparison.overview(markdown=True)}
+{overview(comparison, markdown=True)}
 
-{comparison.definitions(markdown=True)}
+{definitions(comparison, markdown=True)}
 
 ![what the old languages lost and the new ones gained, by method and by language](comparison.png)
 

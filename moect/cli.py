@@ -117,7 +117,7 @@ def generate(arguments: argparse.Namespace) -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """Write report.html, report.md and their plots from what a run has logged and measured."""
-    from moect.monitor.reporting.report import write_report
+    from moect.monitor.reporting.page.report import write_report
 
     for path in write_report(arguments.run_folder):
         print(f"wrote {path}")
@@ -141,15 +141,16 @@ def kernels(arguments: argparse.Namespace) -> None:
 
 def compare(arguments: argparse.Namespace) -> None:
     """Put runs side by side: what each gained, lost and cost, and every held-out text."""
-    from moect.monitor.reporting.compare import check_output
-    from moect.monitor.reporting.compare import compare as compare_runs
+    from moect.monitor.comparing.comparison import compare as compare_runs
+    from moect.monitor.comparing.output import check_output, write
+    from moect.monitor.comparing.table import render
 
     if arguments.output:
         check_output(arguments.output)
     comparison = compare_runs(arguments.run_folders, arguments.last, arguments.group)
-    print(comparison.render(arguments.markdown))
+    print(render(comparison, arguments.markdown))
     if arguments.output:
-        print(f"\nwrote {comparison.write(arguments.output)}")
+        print(f"\nwrote {write(comparison, arguments.output)}")
 
 
 def bench_dispatch(arguments: argparse.Namespace) -> None:
@@ -302,7 +303,7 @@ def _add_bench_data(parts) -> None:
 
 
 def _tell_evaluation(evaluation) -> None:
-    from moect.monitor.reporting.report import write_report
+    from moect.monitor.reporting.page.report import write_report
     from moect.monitor.reporting.table import render_table
 
     print(f"{evaluation.checkpoint}\n\n{render_table(evaluation.rows)}\n\nwrote {evaluation.folder}")

@@ -276,7 +276,7 @@ def _is_base(config: RunConfig, later: list[RunConfig]) -> bool:
 def _conclude(config: RunConfig, later: list[RunConfig]) -> bool:
     """Export a stage if it is a base, and report on it; False if it is not finished."""
     from moect.export.merged import export_run
-    from moect.monitor.reporting.report import write_report
+    from moect.monitor.reporting.page.report import write_report
     from moect.monitor.reporting.tensorboard import write_end
 
     finished = _ended(config)

@@ -12,8 +12,10 @@ from monitor_texts import run_config
 
 from moect.config import config_to_yaml
 from moect.errors import ConfigError, DataError
-from moect.monitor.reporting.compare import check_output, compare
-from moect.monitor.reporting.compare_plot import place_labels
+from moect.monitor.comparing.comparison import compare
+from moect.monitor.comparing.output import check_output, write
+from moect.monitor.comparing.plot import place_labels
+from moect.monitor.comparing.table import by_text, overview, render
 from moect.monitor.rows import replace_rows
 
 BASE = {("en", "web"): 1.0, ("de", "web"): 2.0, ("cy", "web"): 4.0}
@@ -62,7 +64,7 @@ def test_the_overview_says_what_was_gained_lost_and_paid(tmp_path):
     plan = {"parameters": {"total": 30, "trainable": 1_500_000, "active": 20}, "memory_per_rank": {"a": 2**30, "b": 7}}
     exact = (50, 25)
     run = make_run(tmp_path / "one", {4: (1.1, 2.1, 2.0), 8: (1.02, 2.2, 1.0)}, plan=plan, exact=exact)
-    line = cells(compare([run]).overview(markdown=True), "one")
+    line = cells(overview(compare([run]), markdown=True), "one")
     assert line["method"] == "moe-ct" and line["step"] == "8" and line["tokens"] == f"{8 * 64 * 16 / 1000:.2f} k"
     assert line["gain %"] == "+75.00" and line["loss %"] == "+6.00" and line["worst %"] == "+10.00 de web"
     assert line["retention %"] == f"{100 * (1 / 1.02 + 2 / 2.2) / 2:.2f}"
@@ -77,16 +79,16 @@ def test_the_best_checkpoint_within_the_budget_is_shown_and_the_last_one_if_aske
     run = make_run(tmp_path / "one", steps, monitor={"max_forgetting": "1%"})
     best, last = compare([run]), compare([run], last=True)
     assert (best.runs[0].step, best.runs[0].within, last.runs[0].step, last.runs[0].within) == (8, True, 12, False)
-    assert cells(best.overview(True), "one")["budget"] == "within"
-    assert cells(last.overview(True), "one")["budget"] == "beyond"
-    assert "best checkpoint, within its budget" in best.render() and "last checkpoint" in last.render()
+    assert cells(overview(best, True), "one")["budget"] == "within"
+    assert cells(overview(last, True), "one")["budget"] == "beyond"
+    assert "best checkpoint, within its budget" in render(best) and "last checkpoint" in render(last)
 
 
 def test_without_a_checkpoint_within_the_budget_the_last_is_shown_with_a_mark(tmp_path):
     run = make_run(tmp_path / "one", {4: (1.5, 2.0, 3.0), 8: (1.4, 2.0, 3.5)}, monitor={"max_forgetting": 0.1})
     comparison = compare([run])
-    assert cells(comparison.overview(True), "one")["step"] == "8*"
-    assert "no checkpoint of this run is within its budget" in comparison.render()
+    assert cells(overview(comparison, True), "one")["step"] == "8*"
+    assert "no checkpoint of this run is within its budget" in render(comparison)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +101,7 @@ def test_a_checkpoint_that_the_run_went_back_behind_is_not_shown(tmp_path, event
 
 def test_every_text_has_a_line_with_the_change_against_the_base(tmp_path):
     runs = [make_run(tmp_path / name, {4: (1.1, 2.0, cy)}) for name, cy in (("one", 3.0), ("two", 1.0))]
-    table = compare(runs).table(markdown=True, measure="bits_per_byte")
+    table = by_text(compare(runs), "bits_per_byte", markdown=True)
     assert [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:]] == ["en", "de", "mean", "cy"]
     assert cells(table, "cy") == {
         **{"language": "cy", "role": "new", "domain": "web", "documents": "50", "base": "4.0000"},
@@ -115,10 +117,10 @@ def test_exact_match_is_compared_where_there_are_answers(tmp_path):
         replace_rows(run / "monitor", [row(4, key, 1.0, **answers) for key in (("en", "web"), ("cy", "web"))])
     comparison = compare(runs)
     assert comparison.measure == "bits_per_byte"  # as there is a text without answers
-    table = comparison.table(markdown=True, measure="exact_match")
+    table = by_text(comparison, "exact_match", markdown=True)
     assert [cells(table, "cy")[name] for name in ("base", "one", "two")] == ["12.5", "25.0", "50.0"]
     assert "| de |" not in table
-    assert cells(comparison.overview(True), "two")["exact new %"] == "50.00"
+    assert cells(overview(comparison, True), "two")["exact new %"] == "50.00"
 
 
 def test_texts_that_not_all_runs_share_are_left_out_and_named_once(tmp_path, caplog):
@@ -133,8 +135,8 @@ def test_texts_that_not_all_runs_share_are_left_out_and_named_once(tmp_path, cap
         "de news": "not measured in two",
     }
     assert caplog.text.count("left out") == 1
-    assert cells(comparison.overview(True), "one")["loss %"] == "+10.00"
-    assert "Left out: de news, not measured in two." in comparison.render()
+    assert cells(overview(comparison, True), "one")["loss %"] == "+10.00"
+    assert "Left out: de news, not measured in two." in render(comparison)
 
 
 def test_runs_that_share_no_text_are_refused(tmp_path):
@@ -175,13 +177,13 @@ def test_seeds_of_one_method_are_a_line_with_mean_and_standard_deviation(tmp_pat
     runs.append(make_run(tmp_path / "full", {4: (1.3, 2.0, 1.0)}, method="full"))
     comparison = compare(runs, group=group)
     assert [entry.name for entry in comparison.entries] == ["moe", "full"]
-    table = comparison.overview(True)
+    table = overview(comparison, True)
     line = cells(table, "moe (3 runs)")
     gains, losses = [100 * (1 - b[2] / 4) for b in bits], [100 * (b[0] - 1 + b[1] / 2 - 1) / 2 for b in bits]
     assert line["gain %"] == f"+{mean(gains):.2f} ± {stdev(gains):.2f}"
     assert line["loss %"] == f"+{mean(losses):.2f} ± {stdev(losses):.2f}"
     assert cells(table, "full")["gain %"] == "+75.00"
-    text = cells(comparison.table(True, "bits_per_byte"), "cy")["moe"]
+    text = cells(by_text(comparison, "bits_per_byte", True), "cy")["moe"]
     assert text == f"{mean(b[2] for b in bits):.4f} ± {stdev(b[2] for b in bits):.4f} (-{mean(gains):.2f}%)"
 
 
@@ -198,7 +200,7 @@ def test_tables_on_the_screen_are_no_wider_than_it(tmp_path):
         make_run(tmp_path / f"a-rather-long-name-{n:02}", {4: (1.1, 2.4, 3.0)}, plan=plan, exact=exact)
         for n in "abcdefghi"
     ]
-    text = compare(runs).render()
+    text = render(compare(runs))
     assert max(map(len, text.splitlines())) <= 120
     assert "a-rather-long-name-i" in text
 
@@ -207,25 +209,25 @@ def test_tables_on_the_screen_are_no_wider_than_it(tmp_path):
 def test_output_is_written_once_and_never_over_a_file(tmp_path, ending):
     runs = [make_run(tmp_path / name, {4: (1.1, 2.4, cy)}) for name, cy in (("one", 3.0), ("two", 1.0))]
     comparison, path = compare(runs), tmp_path / f"out.{ending}"
-    assert comparison.write(path) == path
+    assert write(comparison, path) == path
     if ending == "json":
         assert [run["gain"] for run in json.loads(path.read_text())["runs"]] == [0.25, 0.75]
     elif ending == "md":
-        assert path.read_text() == comparison.render(markdown=True) + "\n"
+        assert path.read_text() == render(comparison, markdown=True) + "\n"
     else:
         pixels = image.imread(path)
         assert min(pixels.shape[:2]) > 400 and pixels[..., :3].min() < 0.2
     before = path.read_bytes()
     with pytest.raises(ConfigError, match="exists and is not overwritten"):
-        comparison.write(path)
+        write(comparison, path)
     assert path.read_bytes() == before and not list(tmp_path.glob(".out*"))
 
 
 def test_a_file_that_comes_to_be_while_the_output_is_made_is_kept(tmp_path, monkeypatch):
     comparison, path = compare([make_run(tmp_path / "one", {4: (1.1, 2.4, 3.0)})]), tmp_path / "out.md"
-    monkeypatch.setattr(comparison, "render", lambda markdown: path.write_text("kept") and "")
+    monkeypatch.setattr("moect.monitor.comparing.output.render", lambda *_, **__: path.write_text("kept") and "")
     with pytest.raises(ConfigError, match="exists and is not overwritten"):
-        comparison.write(path)
+        write(comparison, path)
     assert path.read_text() == "kept" and not list(tmp_path.glob(".out*"))
 
 
@@ -254,5 +256,5 @@ def test_a_comparison_of_one_role_is_drawn_too(tmp_path, roles):
         path = run / "monitor" / "forgetting.jsonl"
         lines = [line for line in path.read_text().splitlines() if json.loads(line)["lang"] in roles]
         path.write_text("\n".join(lines) + "\n")
-    compare(runs).write(tmp_path / "out.png")
+    write(compare(runs), tmp_path / "out.png")
     assert image.imread(tmp_path / "out.png").shape[1] > 400

@@ -13,7 +13,7 @@ import threading
 import pytest
 from report_runs import full_run
 
-from moect.monitor.reporting.report import write_report
+from moect.monitor.reporting.page.report import write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")

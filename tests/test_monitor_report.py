@@ -11,7 +11,7 @@ from matplotlib import image
 from report_runs import full_run, loss, make_run, row, write_log
 
 from moect.errors import ConfigError, DataError
-from moect.monitor.reporting.report import read_log, write_report
+from moect.monitor.reporting.page.report import read_log, write_report
 from moect.monitor.rows import replace_rows
 
 

@@ -12,11 +12,11 @@ from report_runs import row
 from torch.utils.tensorboard import SummaryWriter
 
 from moect.monitor.measuring.exactness import wilson
-from moect.monitor.reporting.change_plots import plot_changes
-from moect.monitor.reporting.drawing import spread
 from moect.monitor.reporting.experts import load_entropy, mean_load, odd_experts
 from moect.monitor.reporting.figures import change_interval, identical, share_text, signed
-from moect.monitor.reporting.labels import Labels, drawable
+from moect.monitor.reporting.pictures.change_plots import plot_changes
+from moect.monitor.reporting.pictures.drawing import spread
+from moect.monitor.reporting.pictures.labels import Labels, drawable
 from moect.monitor.reporting.tensorboard import write_hparams, write_images, write_scalars
 
 

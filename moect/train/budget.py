@@ -9,22 +9,49 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from moect import distributed
+from moect.config import RunConfig
+from moect.data.batches.loader import Loader
 from moect.errors import ForgettingError
 from moect.monitor.rows import Row, drop_rows_after
 from moect.monitor.verdict import Verdict, judge
 from moect.train import checkpoint
 from moect.train.best import best_checkpoint
-
-if TYPE_CHECKING:
-    from moect.train.loop import Run
+from moect.train.folder import RunLog
 
 log = logging.getLogger("moect.train")
 
 
-def act(run: Run, rows: list[Row]) -> None:
+class Course(Protocol):
+    """What can be done to a run that forgets, and what it is told about itself.
+
+    Attributes:
+        config, folder: the run's.
+        main: whether this is the rank that speaks.
+        log: told of every verdict and action.
+        loader: has the share of replay.
+        step: optimizer steps behind it.
+        rollbacks: times that it was sent back.
+    """
+
+    config: RunConfig
+    folder: Path
+    main: bool
+    log: RunLog
+    loader: Loader
+    step: int
+    rollbacks: int
+
+    def go_back(self, path: Path) -> None:
+        """Take weights, optimizer and step from a checkpoint; the text goes on from where it is."""
+
+    def save(self) -> None:
+        """Make a checkpoint of the present state."""
+
+
+def act(run: Course, rows: list[Row]) -> None:
     """Judge a checkpoint and do what `monitor.action` says. Every rank calls it with the same rows.
 
     Raises:
@@ -55,7 +82,7 @@ def act(run: Run, rows: list[Row]) -> None:
         log.warning("step %d: beyond monitor.max_forgetting: %s", verdict.step, why)
 
 
-def _raise_replay(run: Run, why: str) -> None:
+def _raise_replay(run: Course, why: str) -> None:
     share = _more_replay(run)
     if run.main:
         now = f"replay {run.loader.replay:.1%} -> {share:.1%}" if share else "replay is at monitor.max_replay already"
@@ -65,7 +92,7 @@ def _raise_replay(run: Run, why: str) -> None:
         run.log.write(event="action", step=run.step, action="replay", why=why, replay=share, to=None)
 
 
-def _roll_back(run: Run, there: Verdict | None, why: str) -> None:
+def _roll_back(run: Course, there: Verdict | None, why: str) -> None:
     """Weights and optimizer as in the best checkpoint; the text goes on, with more replay, to another end."""
     monitor = run.config.monitor
     if there is None:
@@ -97,7 +124,7 @@ def _roll_back(run: Run, there: Verdict | None, why: str) -> None:
     distributed.on_main(lambda: _undo_after(run.folder, there.step))
 
 
-def _end(run: Run, there: Verdict | None, why: str) -> ForgettingError:
+def _end(run: Course, there: Verdict | None, why: str) -> ForgettingError:
     run.log.write(event="action", step=run.step, action="stop", why=why, replay=None, to=None)
     run.log.write(event="stop", step=run.step)
     exported = f"the best within it is step-{there.step}, which `moect export` takes" if there else "none is within it"
@@ -107,7 +134,7 @@ def _end(run: Run, there: Verdict | None, why: str) -> ForgettingError:
     )
 
 
-def _more_replay(run: Run) -> float | None:
+def _more_replay(run: Course) -> float | None:
     """The next share of replay; None where it is as high as it may be."""
     monitor, now = run.config.monitor, run.loader.replay
     share = min(monitor.max_replay, now * monitor.replay_factor)

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moect.monitor.reporting.drawing import ACCENT, BAD, GREY, WIDTH, by_step, drawing, name_ends, name_heights, save
-from moect.monitor.reporting.labels import Labels
+from moect.monitor.reporting.pictures.drawing import (
+    ACCENT,
+    BAD,
+    GREY,
+    WIDTH,
+    by_step,
+    drawing,
+    name_ends,
+    name_heights,
+    save,
+)
+from moect.monitor.reporting.pictures.labels import Labels
 from moect.monitor.rows import Row
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from moect.monitor.reporting.content import Block, Figure, Figures, Text, Tone
-from moect.monitor.reporting.course import steps_done, tokens_seen
 from moect.monitor.reporting.figures import at_step, between, change, identical, role, share_text, signed
-from moect.monitor.reporting.measured import Measured
+from moect.monitor.reporting.page.content import Block, Figure, Figures, Text, Tone
+from moect.monitor.reporting.page.course import steps_done, tokens_seen
+from moect.monitor.reporting.page.measured import Measured
 from moect.monitor.reporting.run_files import RunFiles
 from moect.monitor.rows import Row
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from moect.monitor.reporting.content import Block, Code, Picture, Section, Table, Terms, Text
 from moect.monitor.reporting.figures import share_text
-from moect.monitor.reporting.plots import plot_loss
+from moect.monitor.reporting.page.content import Block, Code, Picture, Section, Table, Terms, Text
+from moect.monitor.reporting.pictures.plots import plot_loss
 from moect.monitor.reporting.run_files import RunFiles
 from moect.monitor.rows import FILE_NAME
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from moect.monitor.reporting.content import Block, Picture, Section, Table, Text, compact
 from moect.monitor.reporting.experts import DEAD, OVERLOADED, Expert, odd_experts
 from moect.monitor.reporting.figures import role, share_text
-from moect.monitor.reporting.heat_maps import plot_by_block, plot_load, plot_open, plot_specialists
-from moect.monitor.reporting.measured import Measured
+from moect.monitor.reporting.page.content import Block, Picture, Section, Table, Text, compact
+from moect.monitor.reporting.page.measured import Measured
+from moect.monitor.reporting.pictures.heat_maps import plot_by_block, plot_load, plot_open, plot_specialists
 
 MOST_NAMED = 12  # experts of a kind
 

@@ -6,7 +6,7 @@ import re
 from base64 import b64encode
 from pathlib import Path
 
-from moect.monitor.reporting.content import Block, Picture, Report
+from moect.monitor.reporting.page.content import Block, Picture, Report
 
 TEMPLATES = Path(__file__).parent / "templates"
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from moect.monitor.reporting.drawing import BAD, GREY, drawing, save
-from moect.monitor.reporting.labels import COLOURS, MARKERS, drawable, shortened
+from moect.monitor.comparing.comparison import Comparison, Entry
+from moect.monitor.reporting.pictures.drawing import BAD, GREY, drawing, save
+from moect.monitor.reporting.pictures.labels import COLOURS, MARKERS, drawable, shortened
 from moect.monitor_config import ANY, Limit, limit_of
-
-if TYPE_CHECKING:
-    from moect.monitor.reporting.compare import Comparison, Entry
 
 MEANING = {"old": "old languages: loss", "new": "new languages: gain"}
 BAR = 0.15  # inches

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from moect.monitor.reporting.content import Block, Picture, Sample, Section, Table, Text, compact
 from moect.monitor.reporting.figures import MINUS
-from moect.monitor.reporting.measured import Measured
-from moect.monitor.reporting.plots import plot_tasks
+from moect.monitor.reporting.page.content import Block, Picture, Sample, Section, Table, Text, compact
+from moect.monitor.reporting.page.measured import Measured
+from moect.monitor.reporting.pictures.plots import plot_tasks
 
 SHARES = ("acc", "exact_match", "em", "f1", "mc")  # beginnings of the names of measures that lie between 0 and 1
 LONGEST_SAMPLE = 600  # characters

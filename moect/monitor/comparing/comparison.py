@@ -12,17 +12,14 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Literal
 
-from moect.errors import ConfigError, DataError
-from moect.monitor.reporting import compare_table
-from moect.monitor.reporting.compare_table import MEASURES as MEASURES
-from moect.monitor.reporting.run_summary import Figures, Key, RunSummary, figures, summarise
+from moect.errors import DataError
+from moect.monitor.comparing.run_summary import Figures, Key, RunSummary, figures, summarise
 from moect.monitor.rows import Row
 
 log = logging.getLogger("moect.monitor")
 
 Grouping = Literal["config", "name"]
 
-OUTPUTS = (".png", ".md", ".json")
 SAME_BASE = 1e-4  # bits per byte: two measurements of one base on one text differ by rounding only
 SEED = re.compile(r"(?:[-_](?:seed|s)?[-_=]?|seed)\d+$")  # at the end of a run's name
 
@@ -74,36 +71,9 @@ class Comparison:
 
     @property
     def measure(self) -> str:
-        """Key of MEASURES: exact match where every text has answers, else bits per byte."""
+        """Key of a row: exact match where every text has answers, else bits per byte."""
         answered = all(run.rows[key_of(t)].get("exact_match") is not None for run in self.runs for t in self.texts)
         return "exact_match" if answered else "bits_per_byte"
-
-    def overview(self, markdown: bool = False) -> str:
-        """A line a run: gain, loss, exactness, cost."""
-        return compare_table.overview(self, markdown)
-
-    def definitions(self, markdown: bool = False) -> str:
-        """What the overview shows, and what its columns mean."""
-        return compare_table.definitions(self, markdown)
-
-    def table(self, markdown: bool = False, measure: str | None = None) -> str:
-        """A line a text, a column a run.
-
-        Args:
-            markdown: in place of aligned columns.
-            measure: key of MEASURES; None: `self.measure`.
-        """
-        return compare_table.by_text(self, measure or self.measure, markdown)
-
-    def render(self, markdown: bool = False) -> str:
-        """All of it as text."""
-        return compare_table.render(self, markdown)
-
-    def plot(self, path: Path) -> None:
-        """Loss against gain, a point a run; beside it bars by language. As a PNG."""
-        from moect.monitor.reporting.compare_plot import plot
-
-        plot(self, Path(path))
 
     def as_dict(self) -> dict:
         """All figures as plain values: shares, 1 being all; bits per byte; bytes."""
@@ -119,49 +89,6 @@ class Comparison:
 
     def _rows(self, run: RunSummary) -> list[Row]:
         return [run.rows[key_of(text)] for text in self.texts]
-
-    def write(self, path: Path) -> Path:
-        """Write the plot (.png), the tables (.md) or all figures (.json); never over a file.
-
-        Raises:
-            ConfigError: another ending, a file that exists, or a place that cannot be written.
-        """
-        path = check_output(path)
-        part = path.with_name(f".{path.name}.part{path.suffix}")  # matplotlib goes by the ending
-        try:
-            if path.suffix == ".png":
-                self.plot(part)
-            else:
-                as_json = path.suffix == ".json"
-                text = json.dumps(self.as_dict(), indent=1, ensure_ascii=False) if as_json else self.render(True)
-                part.write_text(text + "\n", encoding="utf-8")
-            path.open("x").close()  # it may have come to be meanwhile
-            os.replace(part, path)
-        except FileExistsError as error:
-            raise _exists(path) from error
-        except OSError as error:
-            raise ConfigError(
-                f"--output {path}: cannot be written: {error.strerror or error}; give another place"
-            ) from error
-        finally:
-            part.unlink(missing_ok=True)
-        return path
-
-
-def check_output(path: Path) -> Path:
-    """Refuse, before anything is read, a file that `Comparison.write` could not write.
-
-    Raises:
-        ConfigError: another ending, a file that exists, or no folder for it.
-    """
-    path = Path(path)
-    if path.suffix not in OUTPUTS:
-        raise ConfigError(f"--output {path}: give a name that ends in {', '.join(OUTPUTS)}")
-    if path.exists():
-        raise _exists(path)
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"--output {path}: there is no folder {path.absolute().parent}; make it first")
-    return path
 
 
 def compare(runs: list[Path], last: bool = False, group: Grouping | None = None) -> Comparison:
@@ -285,7 +212,3 @@ def _run_dict(run: RunSummary) -> dict:
     plain = ("name", "step", "choice", "within", "tokens", "trainable", "tokens_per_second")
     values = {name: getattr(run, name) for name in (*plain, "peak_memory", "planned_memory")}
     return {"folder": str(run.folder), "method": run.config.method, "seed": run.config.seed, **values}
-
-
-def _exists(path: Path) -> ConfigError:
-    return ConfigError(f"--output {path}: the file exists and is not overwritten; give another name")

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from moect.monitor.reporting.run_summary import Figures, Key, RunSummary
+from moect.monitor.comparing.comparison import Comparison, Entry
+from moect.monitor.comparing.run_summary import Figures, Key, RunSummary
 from moect.monitor.rows import Row
 from moect.tables import aligned
-
-if TYPE_CHECKING:
-    from moect.monitor.reporting.compare import Comparison, Entry
 
 WIDTH = 120  # of the screen; wider tables go on below, with their first columns again
 MEASURES = {
@@ -101,15 +98,16 @@ def definitions(comparison: Comparison, markdown: bool = False) -> str:
     return "\n".join(f"- {line}" if markdown else line for line in lines)
 
 
-def by_text(comparison: Comparison, measure: str, markdown: bool = False) -> str:
+def by_text(comparison: Comparison, measure: str | None = None, markdown: bool = False) -> str:
     """A line a text, old languages first, and each role's mean where a mean has a meaning.
 
     Bits per byte compare within a text only, so their mean is that of the changes.
 
     Args:
         comparison: of which texts and runs.
-        measure: key of MEASURES; a text without answers is left out of exact match.
+        measure: key of MEASURES; a text without answers is left out of exact match. None: the comparison's.
     """
+    measure = measure or comparison.measure
     heading = ["language", "role", "domain", "documents", "base", *(entry.name for entry in comparison.entries)]
     cells = _exact_match if measure == "exact_match" else _bits
     lines = []

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from moect.errors import ConfigError
-from moect.monitor.reporting import answers, course, measured
-from moect.monitor.reporting.content import Report
-from moect.monitor.reporting.html import to_html
-from moect.monitor.reporting.markdown import to_markdown
-from moect.monitor.reporting.opening import opening
-from moect.monitor.reporting.routing import routing
+from moect.monitor.reporting.page import answers, course, measured
+from moect.monitor.reporting.page.content import Report
+from moect.monitor.reporting.page.html import to_html
+from moect.monitor.reporting.page.markdown import to_markdown
+from moect.monitor.reporting.page.opening import opening
+from moect.monitor.reporting.page.routing import routing
 from moect.monitor.reporting.run_files import RunFiles, read_log, read_run
 from moect.monitor.rows import write_atomically
 

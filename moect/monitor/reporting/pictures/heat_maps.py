@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from moect.monitor.reporting.drawing import WIDTH, by_step, drawing, name_ends, name_heights, save
 from moect.monitor.reporting.experts import blocks_of, load_entropy, mean_load, odd_experts
-from moect.monitor.reporting.labels import Labels
+from moect.monitor.reporting.pictures.drawing import WIDTH, by_step, drawing, name_ends, name_heights, save
+from moect.monitor.reporting.pictures.labels import Labels
 from moect.monitor.rows import Row
 
 MOST_RATIO = 3.0  # times an even share at which the colours of loads end: more is overloaded

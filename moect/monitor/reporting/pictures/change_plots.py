@@ -5,9 +5,19 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 
-from moect.monitor.reporting.drawing import ACCENT, BAD, GREY, WIDTH, by_step, drawing, name_ends, name_heights, save
 from moect.monitor.reporting.figures import change, change_interval, role
-from moect.monitor.reporting.labels import Labels
+from moect.monitor.reporting.pictures.drawing import (
+    ACCENT,
+    BAD,
+    GREY,
+    WIDTH,
+    by_step,
+    drawing,
+    name_ends,
+    name_heights,
+    save,
+)
+from moect.monitor.reporting.pictures.labels import Labels
 from moect.monitor.rows import Row
 
 TITLES = {"old": "Old languages: forgotten", "new": "New languages: gained"}

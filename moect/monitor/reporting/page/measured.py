@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from moect.monitor.reporting.change_plots import Limits, plot_changes, plot_curves, plot_pareto
-from moect.monitor.reporting.content import Block, Picture, Section, Table, Text, compact
 from moect.monitor.reporting.figures import (
     MINUS,
     at_step,
@@ -19,8 +17,10 @@ from moect.monitor.reporting.figures import (
     share_text,
     signed,
 )
-from moect.monitor.reporting.labels import Labels
-from moect.monitor.reporting.plots import plot_answers, plot_exactness
+from moect.monitor.reporting.page.content import Block, Picture, Section, Table, Text, compact
+from moect.monitor.reporting.pictures.change_plots import Limits, plot_changes, plot_curves, plot_pareto
+from moect.monitor.reporting.pictures.labels import Labels
+from moect.monitor.reporting.pictures.plots import plot_answers, plot_exactness
 from moect.monitor.reporting.run_files import RunFiles
 from moect.monitor.rows import Row
 from moect.monitor.verdict import Verdict, best, judge, verdicts

@@ -7,7 +7,7 @@ import re
 from functools import singledispatch
 from pathlib import Path
 
-from moect.monitor.reporting.content import Block, Code, Figures, Picture, Report, Sample, Table, Terms, Text
+from moect.monitor.reporting.page.content import Block, Code, Figures, Picture, Report, Sample, Table, Terms, Text
 
 
 def to_markdown(report: Report, folder: Path) -> str:

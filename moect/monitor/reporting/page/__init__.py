@@ -1,0 +1,1 @@
+"""The report of a run: its sections, and the two ways they are written."""
