@@ -87,7 +87,7 @@ class ForgettingMonitor:
         for index, text in enumerate(texts):
             self._add_text(index, text, texts[:index])
         monitor = config.monitor
-        self.prompts = make_prompts(texts, self.base_tokenizer, monitor.samples, monitor.sample_tokens)
+        self.prompts = make_prompts(texts, self.base_tokenizer, monitor.samples, monitor.sample_tokens, self.window)
         self.tasks = Tasks(config, tokenizer, base_tokenizer) if monitor.tasks else None
         self.key = self._key(base_key)
         self._base_files = (self.folder / "base.json",)

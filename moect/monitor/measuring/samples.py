@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -32,14 +33,17 @@ class Prompt:
     reference: str
 
 
-def make_prompts(texts: list[EvaluationText], tokenizer, count: int, n_tokens: int) -> list[Prompt]:
+def make_prompts(
+    texts: list[EvaluationText], tokenizer, count: int, n_tokens: int, longest: int | None = None
+) -> list[Prompt]:
     """Beginnings of the first `count` documents of each text, or whole prompts where there are answers.
 
     Args:
         texts: held-out.
         tokenizer: a fast one of transformers; it says where a beginning may end.
-        count: documents of each text; those of fewer than four tokens are passed over.
+        count: documents of each text; those of fewer than four tokens, and prompts of none, are passed over.
         n_tokens: of the reference, at most.
+        longest: prompts of more tokens are passed over; None: none is too long.
     """
     prompts = []
     for text in texts:
@@ -48,21 +52,24 @@ def make_prompts(texts: list[EvaluationText], tokenizer, count: int, n_tokens: i
             if len(found) == count:
                 break
             if document.answer is not None:
-                found.append((document.id, document.text, document.answer))
-                continue
-            spans = tokenizer(
-                document.text[: 40 * (BEGINNING + n_tokens)],  # surely enough, and no book is read for a line
-                add_special_tokens=False,
-                return_offsets_mapping=True,
-                verbose=False,
-            )["offset_mapping"]
-            given = min(BEGINNING, len(spans) // 2)
-            if given < 2:
-                continue
-            begin, end = spans[given - 1][1], spans[min(given + n_tokens, len(spans)) - 1][1]
-            found.append((document.id, document.text[:begin], document.text[begin:end]))
-        prompts += [Prompt(text.lang, text.role, text.domain, *beginning) for beginning in found]
+                beginning = (document.text, document.answer)
+                fits = 1 <= len(_spans(tokenizer, document.text)) <= (longest or math.inf)
+            else:
+                # surely enough, and no book is read for a line
+                spans = _spans(tokenizer, document.text[: 40 * (BEGINNING + n_tokens)])
+                given = min(BEGINNING, len(spans) // 2)
+                fits = given >= 2
+                begin, end = (spans[i - 1][1] for i in (given, min(given + n_tokens, len(spans)))) if fits else (0, 0)
+                beginning = (document.text[:begin], document.text[begin:end])
+            if fits:
+                found.append(Prompt(text.lang, text.role, text.domain, document.id, *beginning))
+        prompts += found
     return prompts
+
+
+def _spans(tokenizer, text: str) -> list[tuple[int, int]]:
+    """Where each token stands in the text."""
+    return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
 
 
 @torch.no_grad()
