@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from moect.errors import MoectError
+from moect.errors import MoectError, RankLost
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand and return its exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("moect").setLevel(logging.INFO)
     _calm_libraries()
@@ -26,6 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output, `head` say, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     return 0
 
 
@@ -95,8 +98,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     finally:
         from moect import distributed
 
+        main = distributed.is_main()
         distributed.stop(failed)
-    if distributed.is_main():
+    if main:
         _tell_evaluation(evaluation)
 
 
@@ -170,6 +174,17 @@ def bench_data(arguments: argparse.Namespace) -> None:
     workers = arguments.workers or available_cores()
     names = ("text", "tokenizer", "megabytes", "rounds", "seed", "output")
     run(Options(workers=workers, **{name: getattr(arguments, name) for name in names}))
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    """Overrides may stand before and after options, which argparse alone does not allow."""
+    parser = _parser()
+    arguments, more = parser.parse_known_args(argv)
+    if [word for word in more if word.startswith("-") or "=" not in word] or (more and "overrides" not in arguments):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:
+        arguments.overrides += more
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -348,6 +363,9 @@ def _tell(error: MoectError) -> None:
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0:
         print(f"moect: error: {error}", file=sys.stderr)
+        return
+    if isinstance(error, RankLost):  # nobody else knows
+        print(f"moect: error on rank {rank}: {error}", file=sys.stderr)
         return
     torch = sys.modules.get("torch")
     started = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -212,6 +212,8 @@ def unused_keys(config: RunConfig) -> list[str]:
         idle.append(("loss", "bias_rate"))
     if moe and config.moe.fusion != "fixed":
         idle.append(("moe", "fixed_weight"))
+    if config.model.from_config is not None:  # there is nothing to forget
+        idle += [("monitor", "max_forgetting"), ("monitor", "action")]
     if config.data.sampling == "unimax":
         idle.append(("data", "temperature"))
     if config.train.schedule != "wsd":

@@ -87,7 +87,7 @@ def on_main(work: Callable[[], Any]) -> Any:
     Raises:
         TrainingError: the main rank could not read or write a file.
     """
-    told = [None, None]
+    told, mistake = [None, None], None
     if is_main():
         try:
             told[0] = work()
@@ -96,10 +96,14 @@ def on_main(work: Callable[[], Any]) -> Any:
         except OSError as error:
             where = error.filename or "the run's folder"
             told[1] = TrainingError(f"{where}: {error.strerror or error}; check space and permissions")
+        except Exception as error:  # a mistake of ours; the others wait for a word all the same
+            told[1], mistake = TrainingError(f"{type(error).__name__}: {error}"), error
     if dist.is_initialized() and dist.get_world_size() > 1:
         _wait_for_main()
         dist.broadcast_object_list(told, src=0)
     result, failure = told
+    if mistake is not None:
+        raise mistake
     if failure is not None:
         failure.told_by_main_rank = not is_main()
         raise failure

@@ -28,7 +28,9 @@ class Evaluation:
 
 
 def evaluate_run(run_folder: Path, checkpoint: str | None = None, overrides: list[str] = ()) -> Evaluation:
-    """Measure a checkpoint as the training would have, and keep the results with the run's.
+    """Measure a checkpoint as the training would have, and keep the results beside the run's.
+
+    What the training measured stays: its verdicts, and those of a run that resumes it, rest on it.
 
     Every rank calls it; texts and tasks are divided among the ranks of a launcher, the model is whole on each.
 
@@ -55,7 +57,7 @@ def evaluate_run(run_folder: Path, checkpoint: str | None = None, overrides: lis
     folder = Path(run_folder)
     config = _configuration(folder, overrides)
     rank, world_size = distributed.start()
-    path = distributed.on_main(lambda: choose_checkpoint(folder, config, checkpoint))
+    path = distributed.on_main(lambda: choose_checkpoint(folder, load_config(folder / "config.yaml"), checkpoint))
     info = read_info(path)
     fingerprint = base_fingerprint(config.model, config.seed)
     check_same_run(info, config, fingerprint, str(path))
@@ -76,11 +78,12 @@ def evaluate_run(run_folder: Path, checkpoint: str | None = None, overrides: lis
         fingerprint,
         base_tokenizer=load_tokenizer(config.model) if extension else None,
         cache_folder=cache,
+        apart=True,
     )
     model = build_model(config, rows=kept_rows(path), extension=extension).eval()
     load_module(model, path)
     model.to(distributed.device())
-    with base_of(model, config) as base:
+    with base_of(model, config, wanted=bool(monitor.compared) or not monitor.has_base()) as base:
         if base and not monitor.has_base():
             with base() as base_model:
                 monitor.measure_base(base_model)

@@ -120,7 +120,7 @@ def _check_task(task: TaskConfig, where: str, data: DataConfig) -> None:
 
 def _check_budget(monitor: MonitorConfig, data: DataConfig) -> None:
     limits = monitor.max_forgetting
-    if limits is None:
+    if limits is None or limits == {}:
         if monitor.action != "warn":
             raise ValueError(f"`monitor.action: {monitor.action}` has no limit to act on: set `monitor.max_forgetting`")
         return

@@ -280,14 +280,14 @@ def _conclude(config: RunConfig, later: list[RunConfig]) -> bool:
     from moect.monitor.reporting.tensorboard import write_end
 
     finished = _ended(config)
-    if finished and _is_base(config, later) and not Path(_export(config)).exists():
-        print(f"wrote {export_run(config.folder)}", flush=True)
     try:
         for path in write_report(config.folder):
             print(f"wrote {path}", flush=True)
         write_end(config)
     except Exception as error:  # no reason to hold the training up, or the stages after it
         log.warning("no report: %s", error if isinstance(error, MoectError) else repr(error))
+    if finished and _is_base(config, later) and not Path(_export(config)).exists():
+        print(f"wrote {export_run(config.folder)}", flush=True)
     if not finished and later:
         print(f"{config.folder}: not finished, so {', '.join(c.name for c in later)} must wait", flush=True)
     return finished

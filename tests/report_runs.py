@@ -43,13 +43,19 @@ def row(step: int, lang: str, role: str, bits: float, base_bits: float, **more) 
     return {**values, "bits_per_byte": bits, "base_bits_per_byte": base_bits, "delta": bits - base_bits, **more}
 
 
-def make_run(folder: Path, languages: dict[str, str] | None = None, **sections) -> Path:
+def make_run(
+    folder: Path, languages: dict[str, str] | None = None, domains: tuple[str, ...] = ("held-out",), **sections
+) -> Path:
     """A folder with config.yaml only."""
     languages = languages or {"en": "old", "cy": "new"}
     folder.mkdir(parents=True)
     train = [{"path": f"{n}.txt", "lang": lang} for n, lang in enumerate(languages)]
     data = {"languages": languages, "train": train, **sections.pop("data", {})}
-    evaluation = [{"path": f"{n}.held.txt", "lang": lang} for n, lang in enumerate(languages)]
+    evaluation = [
+        {"path": f"{n}.{domain}.txt", "lang": lang, "domain": domain}
+        for n, lang in enumerate(languages)
+        for domain in domains
+    ]
     config = run_config(data={**data, "evaluation": evaluation}, **sections)
     (folder / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
     return folder
@@ -80,6 +86,7 @@ def full_run(
     make_run(
         folder,
         languages,
+        domains,
         name="swahili",
         model={"base": "Qwen/Qwen3-0.6B-Base"},
         moe=moe,
@@ -185,9 +192,10 @@ def _write_full_log(folder: Path, old: tuple, new: tuple) -> None:
     chance = random.Random(1)
     lines: list[dict] = [{"event": "start", "step": 0}]
     for step in range(10, 1001, 10):
-        seen = {lang: step * 32_768 // (len(old) + len(new)) for lang in (*old, *new)}
+        steps = step + 200 * (step > 600)  # that were drawn; a rollback undid 200 of them
+        seen = {lang: steps * 32_768 // (len(old) + len(new)) for lang in (*old, *new)}
         value = 2.1 + 1.9 * 0.996**step + chance.gauss(0, 0.05)
-        lines.append({**loss(step, value), "step_seconds": 0.8, "tokens_seen": seen})
+        lines.append({**loss(step, value), "seconds": 8.0, "tokens_seen": seen})
         if step % 200 == 0:
             lines += [{"event": "checkpoint", "step": step}, {"event": "monitor", "step": step, "seconds": 21.5}]
         if step == 600:
@@ -197,7 +205,8 @@ def _write_full_log(folder: Path, old: tuple, new: tuple) -> None:
             lines[-1]["replay"] = 0.2
             lines.append({"event": "mixture", "step": 400, "row": 25_600, "before": share[0], "now": share[1]})
             for again in range(410, 601, 10):
-                lines.append({**loss(again, 2.1 + 1.9 * 0.996**again), "step_seconds": 0.8, "tokens_seen": seen})
+                seen = {lang: (again + 200) * 32_768 // (len(old) + len(new)) for lang in (*old, *new)}
+                lines.append({**loss(again, 2.1 + 1.9 * 0.996**again), "seconds": 8.0, "tokens_seen": seen})
             lines += [{"event": "checkpoint", "step": 600}, {"event": "monitor", "step": 600, "seconds": 21.5}]
     write_log(folder, *lines, {"event": "end", "step": 1000})
 

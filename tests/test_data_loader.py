@@ -316,3 +316,59 @@ def test_a_position_of_before_mixtures_had_a_history_is_gone_on_from(folder, rep
         for _ in range(5):
             data.next_step()
         assert data.mixture.drawn[0] - before == 32
+
+
+def raised(data):
+    """What a mixture of replay 0.25 has drawn after ten steps; then its replay is a half, with 30 steps to come."""
+    for _ in range(10):
+        data.next_step()
+    before = list(data.mixture.drawn)
+    data.set_replay(0.5, steps=30)
+    return before
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_replay_that_is_raised_holds_from_the_next_step_on_and_is_kept(folder, workers):
+    data = loader(folder, replay=0.25, steps=20, workers=workers)
+    again = loader(folder, replay=0.25, steps=20, workers=workers)
+    try:
+        before = raised(data)
+        state = json.loads(json.dumps(data.state_dict()))
+        after = [rows(data.next_step()) for _ in range(10)]
+        assert [now - then for now, then in zip(data.mixture.drawn, before, strict=True)] == [40, 40]
+        assert data.replay == 0.5
+        again.load_state_dict(state)
+        assert again.replay == 0.5 and again.change is not None
+        assert [rows(again.next_step()) for _ in range(10)] == after
+        other = loader(folder, replay=0.125, steps=20)  # the configuration was changed since
+        other.load_state_dict(state)
+        assert other.replay == 0.125
+    finally:
+        data.close()
+        again.close()
+
+
+def test_a_run_that_went_back_reads_no_language_more_often_than_it_may(folder):
+    """It has more steps before it than the configuration says."""
+    write_corpus(folder / "little.jsonl", 30, seed=3)
+    write_corpus(folder / "much.jsonl", 400, seed=4)
+    files = {"little": "en", "much": "de", "new": "cy"}
+    options = {
+        "languages": {"en": "old", "de": "old", "cy": "new"},
+        "sources": [
+            {"path": f"{n}.jsonl", "lang": lang} for n, lang in (("little", "en"), ("much", "de"), ("new", "cy"))
+        ],
+        "replay": 0.25,
+        "sampling": "unimax",
+        "max_epochs": 1,
+    }
+    data = loader(folder, steps=20, **options)
+    raised(data)
+    state = json.loads(json.dumps(data.state_dict()))
+    for _ in range(30):
+        data.next_step()
+    little, much, _ = data.mixture.drawn
+    assert little <= data.packed[0].rows_per_epoch + 1 < much
+    again = loader(folder, steps=20, **options)
+    again.load_state_dict(state)
+    assert len(again.mixture.segments) == 2  # the same shares come out

@@ -6,7 +6,12 @@ import sys
 import textwrap
 
 import pytest
+import torch
+import torch.distributed as dist
 from small_runs import REPOSITORY, free_port
+
+from moect import distributed
+from moect.errors import DataError
 
 PROGRAM = """
     import os, sys, time
@@ -61,3 +66,52 @@ def test_ranks_wait_for_the_main_rank_outside_of_collectives_and_end_when_it_die
     else:
         assert ended[0][2] == 9 and ended[1][2] != 0
         assert "Connection was likely closed" in ended[1][1]
+
+
+def _works(rank, port, queue):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    told = []
+
+    def fails(error):
+        raise error
+
+    for work in (
+        lambda: distributed.together(lambda: rank * 10),
+        lambda: distributed.together(lambda: fails(ValueError("odd")) if rank == 1 else 0),
+        lambda: distributed.together(lambda: fails(DataError("bad text")) if rank == 0 else 0),
+        lambda: distributed.together(lambda: fails(KeyError("x")) if rank == 1 else 0, divided=True),
+        lambda: distributed.on_main(lambda: fails(ValueError("a mistake"))),
+        lambda: distributed.on_main(lambda: 7),
+    ):
+        try:
+            told.append(work())
+        except Exception as error:
+            told.append((type(error).__name__, str(error)))
+    queue.put((rank, told))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_what_fails_on_one_rank_has_failed_on_all_and_nobody_waits():
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    processes = torch.multiprocessing.spawn(_works, (free_port(), queue), nprocs=2, join=False)
+    told = dict([queue.get(), queue.get()])
+    processes.join()
+    assert told[0] == [
+        0,
+        ("TrainingError", "rank 1: ValueError: odd"),
+        ("DataError", "bad text"),
+        0,
+        ("ValueError", "a mistake"),
+        7,
+    ]
+    assert told[1] == [
+        10,
+        ("ValueError", "odd"),
+        ("TrainingError", "rank 0: DataError: bad text"),
+        ("RankLost", "rank 1: KeyError: 'x'"),
+        ("TrainingError", "ValueError: a mistake"),
+        7,
+    ]

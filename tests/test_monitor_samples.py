@@ -71,6 +71,16 @@ def test_a_model_writes_what_it_writes_for_each_prompt_alone(tokenizer, batch_si
         assert text == tokenizer.decode(ids[start:], skip_special_tokens=True).rstrip("�")
 
 
+def test_the_bases_own_generation_settings_do_not_count(tokenizer):
+    model = gated_model()
+    prompts = make_prompts([a_text(*SENTENCES)], tokenizer, 3, 12)
+    plain = write_on(model, tokenizer, prompts, 12, 4)
+    model.generation_config.update(repetition_penalty=5.0, num_beams=3, do_sample=True, temperature=9.0)
+    settings = model.generation_config
+    assert write_on(model, tokenizer, prompts, 12, 4) == plain
+    assert model.generation_config is settings
+
+
 def test_writing_on_leaves_generators_and_generation_settings_alone(tokenizer):
     model = gated_model()
     before = model.generation_config.to_json_string(use_diff=False), torch.get_rng_state().tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ from small_runs import Place, assert_same_bits, checkpoint, events, figures, lau
 
 from moect.config import load_config
 from moect.errors import ExportError, ForgettingError
+from moect.evaluate import evaluate_run
 from moect.export.merged import choose_checkpoint, export_run
 from moect.monitor.rows import read_rows
 from moect.monitor.verdict import verdicts
@@ -209,6 +211,117 @@ def test_killed_before_it_judges_a_run_judges_when_it_resumes(place, monkeypatch
     assert_same_bits(run, whole, 8)
 
 
+def test_killed_while_a_checkpoint_takes_the_place_of_another_a_run_finds_the_one_that_was_there(place, monkeypatch):
+    monitor = {"max_forgetting": LIMIT, "action": "rollback"}
+    whole = train(place.config(**sections(**monitor)))
+    plain = os.rename
+
+    def dying(source, target):
+        if ".writing-step-2" in str(source) and any("step-2" in p.name for p in target.parent.glob(".replaced-*")):
+            raise KeyboardInterrupt
+        plain(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", dying)
+        with pytest.raises(KeyboardInterrupt):
+            train(place.config("killed", **sections(**monitor)))
+    run = place.output / "killed"
+    assert not checkpoint(run, 2).exists()
+    train(place.config("killed", **sections(**monitor), resume="auto"))
+    assert_same_bits(run, whole, 8)
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_a_damaged_checkpoint_is_not_gone_back_to(place, caplog, monkeypatch):
+    config = place.config(**sections(max_forgetting=LIMIT, action="rollback"))
+    calls = []
+
+    def damaging(run, rows):
+        calls.append(rows[0]["step"])
+        if rows[0]["step"] == 4:
+            path = checkpoint(config.folder, 2) / "module.safetensors"
+            content = bytearray(path.read_bytes())
+            content[-100] ^= 1
+            path.write_bytes(bytes(content))
+        act(run, rows)
+
+    monkeypatch.setattr("moect.train.loop.act", damaging)
+    with caplog.at_level(logging.WARNING, "moect"), pytest.raises(ForgettingError, match="no checkpoint is within it"):
+        train(config)
+    assert "step-2: the best checkpoint, but module.safetensors is damaged" in caplog.text
+    assert calls == [0, 2, 4]
+
+
+def test_checkpoints_of_later_steps_do_not_push_new_ones_out(place):
+    parts = sections()
+    parts["train"] |= {"keep_last": 1, "save_every": 4}
+    run = train(place.config(**{**parts, "monitor": {"enabled": False}, "train": {**parts["train"], "keep_last": 0}}))
+    checkpoint(run, 8).rename(checkpoint(run, 9))
+    (checkpoint(run, 9) / "checkpoint.json").write_text("{")
+    fresh = {**parts, "monitor": {"enabled": False}, "train": {**parts["train"], "steps": 8, "save_every": 2}}
+    train(place.config(**fresh, resume="auto"))
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-8", "step-9"]
+
+
+def test_measurements_of_an_abandoned_course_are_not_taken_for_those_of_another(place, monkeypatch):
+    parts = sections()
+    run = train(place.config(**parts))
+    stale = rows(run)[8]["bits_per_byte"]
+    shutil.rmtree(checkpoint(run, 8))
+    parts["train"] |= {"lr": 0.02}
+    with monkeypatch.context() as patch:  # killed between the last checkpoint and its measurement
+        patch.setattr(Run, "_measure", lambda run, again=True: None)
+        train(place.config(**parts, resume="auto"))
+    assert 8 not in rows(run)
+    train(place.config(**parts, resume="auto"))
+    assert rows(run)[8]["bits_per_byte"] != stale
+
+
+def test_a_step_whose_samples_were_written_and_whose_rows_were_not_is_measured_again(place, monkeypatch):
+    import moect.monitor.forgetting as forgetting
+
+    plain = forgetting.replace_rows
+
+    def dying(folder, made, name="forgetting.jsonl"):
+        if name == "forgetting.jsonl" and made[0]["step"] == 4:
+            raise KeyboardInterrupt
+        plain(folder, made, name)
+
+    parts = sections(samples=1, sample_tokens=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(forgetting, "replace_rows", dying)
+        with pytest.raises(KeyboardInterrupt):
+            train(place.config(**parts))
+    run = train(place.config(**parts, resume="auto"))
+    for name in ("forgetting.jsonl", "samples.jsonl"):
+        assert sorted({row["step"] for row in read_rows(run / "monitor", name)}) == [0, 2, 4, 6, 8]
+
+
+def test_an_evaluation_with_other_settings_changes_nothing_that_a_resumed_run_does(place):
+    parts = sections(max_forgetting=LIMIT, action="replay")
+    half = {**parts, "train": {**parts["train"], "stop_after": 4}}
+    for name in ("plain", "evaluated"):
+        train(place.config(name, **half))
+    run = place.output / "evaluated"
+    before = read_rows(run / "monitor")
+    evaluate_run(run, "step-4", ["monitor.window=4"])
+    evaluate_run(run, "step-2", ["data.evaluation=[{path: cy.test.jsonl, lang: en}]"])
+    assert read_rows(run / "monitor") == before
+    apart = read_rows(run / "monitor", "evaluations.jsonl")
+    assert [(row["step"], row["lang"]) for row in apart] == [(2, "en"), (4, "en"), (4, "cy")]
+    train(place.config("plain", **parts, resume="auto"))
+    assert_same_bits(train(place.config("evaluated", **parts, resume="auto")), place.output / "plain", 8)
+
+
+def test_a_text_that_was_measured_at_one_checkpoint_alone_does_not_decide_which_is_best(free, place):
+    run = place.output / "free"
+    shutil.copytree(free, run)
+    config = load_config(run / "config.yaml")
+    best = choose_checkpoint(run, config).name
+    evaluate_run(run, best, ["data.evaluation=[{path: en.test.jsonl, lang: cy, domain: hard}]"])
+    assert choose_checkpoint(run, config).name == best
+
+
 def test_after_so_many_times_back_the_run_ends(place):
     monitor = {"max_forgetting": LIMIT, "action": "rollback", "max_rollbacks": 1, "max_replay": 0.126}
     with pytest.raises(ForgettingError, match="went back 1 times, as often as monitor.max_rollbacks allows"):
@@ -247,14 +360,15 @@ def test_the_best_checkpoint_outlives_the_newer_ones_and_is_what_export_takes(pl
     assert "is the best checkpoint within the budget; step-8 is newer (--checkpoint takes it)" in caplog.text
     assert choose_checkpoint(run, config, "step-8").name == "step-8"
     (checkpoint(run, 2) / "module.safetensors").write_bytes(b"")
-    assert choose_checkpoint(run, config).name == "step-8"
-    assert "the best checkpoint, but module.safetensors is damaged" in caplog.text
+    with pytest.raises(ExportError, match="none of step-8, step-2 is whole and within monitor.max_forgetting"):
+        choose_checkpoint(run, config)
+    assert "the best checkpoint, but module.safetensors is damaged (its checksum differs); passed over" in caplog.text
 
 
 def test_export_refuses_to_choose_where_nothing_is_within_the_limit(free, place):
     run = place.output / "free"
     shutil.copytree(free, run)
-    with pytest.raises(ExportError, match="none of step-8, step-6, step-4, step-2 is within monitor.max_forgetting"):
+    with pytest.raises(ExportError, match="none of step-8, step-6, step-4, step-2 is whole and within"):
         choose_checkpoint(run, load_config(run / "config.yaml", ["monitor.max_forgetting=0"]))
 
 
@@ -281,28 +395,41 @@ def test_limits_may_be_shares_of_the_bases_bits_and_differ_by_language(free):
         assert by_step[4].within == within
 
 
+FAILING = """
+import os, sys
+from moect.cli import process
+import moect.monitor.forgetting, moect.monitor.measuring.base, moect.train.watch
+
+def fails_at(module, name, call, rank):
+    plain, calls = getattr(module, name), []
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call and os.environ.get("RANK", "0") == rank:
+            raise RuntimeError(f"{name} ran out of memory")
+        return plain(*args, **kwargs)
+    setattr(module, name, failing)
+
+last = os.environ["LAST_RANK"]
+fails_at(moect.monitor.forgetting, "add_up", 4, last)                # base, step 0, step 2, step 4
+fails_at(moect.monitor.measuring.base, "load_base", 4, last)         # step 0, 2, 4, 6
+fails_at(moect.train.watch, "write_scalars", 3, "0")                 # step 0, 2, 8
+process(["train", *sys.argv[1:]])
+"""
+
+
 @pytest.mark.parametrize("ranks", [0, 2])
-def test_a_monitor_that_fails_does_not_end_the_run_or_change_its_bits(place, free, ranks):
+def test_a_monitor_that_fails_on_one_rank_does_not_end_the_run_or_change_its_bits(place, free, ranks, monkeypatch):
     config = place.config(**sections())
-    broken = place.output / "broken.py"
-    broken.write_text(
-        "import os, sys\n"
-        "from moect.cli import process\n"
-        "import moect.monitor.forgetting as forgetting\n"
-        "plain, calls = forgetting.add_up, []\n"
-        "def failing(*args, **kwargs):\n"
-        "    calls.append(1)\n"
-        f"    if len(calls) == 4 and os.environ.get('RANK', '0') == '{max(0, ranks - 1)}':\n"
-        "        raise RuntimeError('out of memory')\n"
-        "    return plain(*args, **kwargs)\n"
-        "forgetting.add_up = failing\n"
-        "process(['train', *sys.argv[1:]])\n"
-    )
-    _, err = launch(place.write(config), ranks, script=broken)
+    script = place.output / "failing.py"
+    script.write_text(FAILING)
+    monkeypatch.setenv("LAST_RANK", str(max(0, ranks - 1)))
+    _, err = launch(place.write(config), ranks, script=script)
     run = config.folder
-    assert "the monitor failed at step 4, and the run goes on: " in err and "out of memory" in err
-    assert [line["step"] for line in of_kind(run, "monitor failed")] == [4]
-    assert sorted(rows(run)) == [0, 2, 6, 8]
+    for step, name in ((4, "add_up"), (6, "load_base")):
+        assert f"the monitor failed at step {step}, and the run goes on: " in err and f"{name} ran out" in err
+    assert "step 8 was measured, but could not be shown" in err
+    assert [line["step"] for line in of_kind(run, "monitor failed")] == [4, 6]
+    assert sorted(rows(run)) == [0, 2, 8]
     if not ranks:
         assert_same_bits(run, free, 8)
 

@@ -29,7 +29,7 @@ from moect.model.build import DTYPES, base_fingerprint, build_model, merge_lora
 from moect.model.embeddings import rows_of
 from moect.monitor.rows import read_rows
 from moect.train.best import best_checkpoint
-from moect.train.checkpoint import damage, find_checkpoint, list_checkpoints, load_module, read_info, step_of
+from moect.train.checkpoint import find_checkpoint, list_checkpoints, load_module, read_info, step_of
 from moect.train.resume import check_same_run
 from moect.train.token_rows import check_extension, kept_rows
 
@@ -75,32 +75,31 @@ def export_run(
 
 
 def choose_checkpoint(run_folder: Path, config: RunConfig, name: str | None = None) -> Path:
-    """The named checkpoint of a run, or the best that there is within its budget (`moect.monitor.verdict.best`).
+    """The named checkpoint of a run, or the best undamaged one within its budget (`moect.monitor.verdict.best`).
 
-    The newest undamaged one is taken where nothing says which is best: the run was not measured, its best is damaged,
-    or it has no base to be held against.
+    Where no checkpoint was measured, or the run's base was made from scratch and there is nothing to hold it against,
+    that is the newest undamaged one.
 
     Raises:
-        ExportError: checkpoints were measured, and none is within `monitor.max_forgetting`.
+        ExportError: checkpoints were measured, and none that is undamaged is within `monitor.max_forgetting`.
         CheckpointError: there is none, or the named one is damaged.
     """
+    newest = find_checkpoint(run_folder, name)
     if name is not None or config.model.base is None:
-        return find_checkpoint(run_folder, name)
-    newest = find_checkpoint(run_folder)
+        return newest
     measured = {row["step"] for row in read_rows(run_folder / "monitor")}
     there = [path for path in list_checkpoints(run_folder / "checkpoints") if step_of(path) in measured]
-    verdict = best_checkpoint(run_folder, config)
+    if not there:
+        if config.monitor.max_forgetting:
+            log.warning("%s: no checkpoint was measured, so none is known to be within monitor.max_forgetting", newest)
+        return newest
+    verdict = best_checkpoint(run_folder, config, sound=True)
     if verdict is None:
-        if newest not in there:
-            return newest
         raise ExportError(
-            f"{run_folder}: none of {', '.join(path.name for path in there)} is within monitor.max_forgetting; choose "
-            "one with --checkpoint all the same, or train on with more data.replay"
+            f"{run_folder}: none of {', '.join(path.name for path in there)} is whole and within "
+            "monitor.max_forgetting; choose one with --checkpoint all the same, or train on with more data.replay"
         )
     path = run_folder / "checkpoints" / f"step-{verdict.step}"
-    if fault := damage(path):
-        log.warning("%s: the best checkpoint, but %s; taking %s", path, fault, newest.name)
-        return newest
     if path != newest:
         log.info("%s is the best checkpoint within the budget; %s is newer (--checkpoint takes it)", path, newest.name)
     return path

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from moect.config import RunConfig
+from moect.config import RunConfig, load_config
 from moect.data.reading.evaluation import EvaluationText
 from moect.distributed import on_main, together
 from moect.errors import ConfigError, DataError, TrainingError
@@ -29,7 +29,7 @@ from moect.monitor.measuring.routing import Routing, RoutingMeter
 from moect.monitor.measuring.samples import make_prompts, write_on
 from moect.monitor.measuring.score import Sums, add_up
 from moect.monitor.measuring.windows import TokenisedDocument, tokenise
-from moect.monitor.rows import SAMPLES, TASKS, Row, read_rows, replace_rows
+from moect.monitor.rows import SAMPLES, TASKS, Row, add_rows, read_rows, replace_rows
 from moect.monitor.tasks.tasks import TaskResult, Tasks, task_rows
 
 NOTHING = TokenisedDocument(ids=[], first=0, last=0, n_bytes=0)  # has no windows
@@ -47,6 +47,7 @@ class ForgettingMonitor:
         base_key: fingerprint of the base.
         base_tokenizer: the base's, where tokens were added to it for the run; None: it has the same.
         cache_folder: where the base's results are kept for other runs too; None: with this one only.
+        apart: this is no training: what it has measured stays as it is, and new results are added beside it.
 
     Attributes:
         documents, base_documents: the tokens of all texts, as model and base read them.
@@ -68,10 +69,11 @@ class ForgettingMonitor:
         base_key: str,
         base_tokenizer=None,
         cache_folder: Path | None = None,
+        apart: bool = False,
     ):
         self.config, self.texts, self.folder = config, texts, Path(folder)
         self.tokenizer, self.base_tokenizer = tokenizer, base_tokenizer or tokenizer
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.apart = rank, world_size, apart
         self.divided = config.train.zero_stage == 3
         self.window = config.monitor.window or config.data.sequence_length
         self.stride = config.monitor.stride or max(1, self.window // 2)
@@ -90,6 +92,7 @@ class ForgettingMonitor:
         self.prompts = make_prompts(texts, self.base_tokenizer, monitor.samples, monitor.sample_tokens, self.window)
         self.tasks = Tasks(config, tokenizer, base_tokenizer) if monitor.tasks else None
         self.key = self._key(base_key)
+        self.row_keys = [self._row_key(base_key, index) for index in range(len(texts))]
         self._base_files = (self.folder / "base.json",)
         if cache_folder:
             self._base_files += (Path(cache_folder) / "base-results" / f"{self.key}.json",)
@@ -100,7 +103,7 @@ class ForgettingMonitor:
         if self.base is None:
             self.base = on_main(lambda: read_base(self.key, self._base_files))
             if self.base:  # whichever file it was in
-                on_main(lambda: write_base(self.key, self.base, self._base_files))
+                self._keep_base()
         return self.base is not None
 
     def measure_base(self, model: nn.Module) -> None:
@@ -121,7 +124,7 @@ class ForgettingMonitor:
         samples = self._together(lambda: self._write_on(model, self.base_tokenizer))
         tasks = self._answer(model, of_base=True)
         self.base = BaseResults(texts, tasks, samples)
-        on_main(lambda: write_base(self.key, self.base, self._base_files))
+        self._keep_base()
 
     def measure(self, model: nn.Module, step: int, base: Base | None = None) -> list[Row]:
         """Measure the model, add its rows to the files of the folder and return those of its texts, the same on every
@@ -159,8 +162,9 @@ class ForgettingMonitor:
 
     def rows(self, step: int) -> list[Row] | None:
         """What was measured at this step before, in the order of the texts; None where some text was not."""
-        found = {(r["lang"], r["domain"]): r for r in on_main(lambda: read_rows(self.folder)) if r["step"] == step}
-        names = [(text.lang, text.domain) for text in self.texts]
+        rows = [row for row in on_main(lambda: read_rows(self.folder)) if row["step"] == step]
+        found = {(row["lang"], row["domain"], row.get("key")): row for row in rows}
+        names = [(text.lang, text.domain, key) for text, key in zip(self.texts, self.row_keys, strict=True)]
         return [found[name] for name in names] if set(names) <= found.keys() else None
 
     def _add_text(self, index: int, text: EvaluationText, before: list[EvaluationText]) -> None:
@@ -236,7 +240,7 @@ class ForgettingMonitor:
         text, base = self.texts[index], self.base.texts[index]
         bits, base_bits = now.bits_per_byte, base.bits_per_byte
         verdict = "retention" if text.role == "old" else "gain"
-        row = {"lang": text.lang, "role": text.role, "domain": text.domain}
+        row = {"lang": text.lang, "role": text.role, "domain": text.domain, "key": self.row_keys[index]}
         row |= {"bits_per_byte": bits, "base_bits_per_byte": base_bits, "delta": bits - base_bits}
         row[verdict] = (retention if text.role == "old" else gain)(bits, base_bits)
         of_text = [i for i, of in enumerate(self.text_of_document) if of == index]
@@ -258,8 +262,8 @@ class ForgettingMonitor:
         return row
 
     def _write(self, step: int, rows: list[Row], tasks: list[TaskResult], samples: list[str]) -> None:
+        """The rows of texts come last: where they are, the step is complete."""
         roles = self.config.data.languages
-        replace_rows(self.folder, rows)
         if tasks:
             replace_rows(self.folder, task_rows(step, roles, self.base.tasks, tasks), TASKS)
         written = zip(self.prompts, self.base.samples, samples, strict=True)
@@ -270,6 +274,24 @@ class ForgettingMonitor:
         ]
         if of_prompts:
             replace_rows(self.folder, of_prompts, SAMPLES)
+        if self.apart:
+            own = load_config(self.folder.parent / "config.yaml").data.evaluation
+            add_rows(self.folder, rows, {(text.lang, text.domain) for text in own})
+        else:
+            replace_rows(self.folder, rows)
+
+    def _keep_base(self) -> None:
+        files = self._base_files[1:] if self.apart else self._base_files
+        on_main(lambda: write_base(self.key, self.base, files))
+
+    def _row_key(self, base_key: str, text: int) -> str:
+        """Of all that the bits per byte of a text depend on, but for the model."""
+        settings = [base_key, self.window, self.stride, self.config.train.precision, self.config.model.attention]
+        whole = hashlib.sha256(json.dumps(settings).encode())
+        for document, of in zip(self.documents, self.text_of_document, strict=True):
+            if of == text:
+                whole.update(json.dumps(list(asdict(document).values())).encode())
+        return whole.hexdigest()[:16]
 
     def _key(self, base_key: str) -> str:
         """sha256 over all that the base's numbers depend on; tokens and bytes stand for text and tokenizer."""

@@ -1,6 +1,8 @@
 """monitor/forgetting.jsonl: one JSON object a checkpoint, language and domain.
 
     step, lang, role, domain, documents, bytes, tokens (predictions)
+    key                                                  digest of base, text as tokens, window and precision: rows of
+                                                         other keys cannot be compared
     bits_per_byte, base_bits_per_byte, delta (model - base); retention (old languages) or gain (new ones)
     bits_per_byte_low, bits_per_byte_high and so on for delta, retention, gain   95% intervals, if there are any
     exact_match, base_exact_match                        where the text has answers
@@ -13,6 +15,7 @@
     blocks, expert_load (L, E), load_entropy (L), router_entropy (L), gate, gate_by_block (L), open_share
                                                          where the model has a module; see `Routing`
 
+monitor/evaluations.jsonl has the same columns, of what `moect evaluate` measured on other texts or with other settings;
 monitor/tasks.jsonl has one a checkpoint and task, monitor/samples.jsonl one a checkpoint and sample.
 """
 
@@ -20,6 +23,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +33,11 @@ Row = dict[str, Any]
 
 FILE_NAME = "forgetting.jsonl"
 TASKS = "tasks.jsonl"
+APART = "evaluations.jsonl"  # measured afterwards, on other texts or with other settings
 SAMPLES = "samples.jsonl"
 KEYS = {
     FILE_NAME: ("step", "lang", "domain"),
+    APART: ("step", "lang", "domain", "key"),
     TASKS: ("step", "task", "metric"),
     SAMPLES: ("step", "lang", "domain", "document"),
 }
@@ -72,6 +78,30 @@ def replace_rows(folder: Path, rows: list[Row], name: str = FILE_NAME) -> None:
     _write(Path(folder) / name, kept + rows)
 
 
+def add_rows(folder: Path, rows: list[Row], own: set[tuple[str, str]]) -> None:
+    """Add rows beside those of a training, whose own stay as they are: its verdicts rest on them.
+
+    Args:
+        folder: RUN/monitor.
+        rows: of one step.
+        own: (lang, domain) of the texts that the training measures. A row of such a text that the training did not
+            write, measured like those that it did, takes its place among them; every other goes to APART.
+    """
+    there = read_rows(folder)
+    keys = {(row["lang"], row["domain"]): row.get("key") for row in there}
+    by_place = {_key(row, FILE_NAME): row for row in there}
+    missing, apart = [], []
+    for row in rows:
+        text = row["lang"], row["domain"]
+        if text in own and _key(row, FILE_NAME) not in by_place and keys.get(text, row["key"]) == row["key"]:
+            missing.append(row)
+        elif by_place.get(_key(row, FILE_NAME)) != row:
+            apart.append(row)
+    for name, some in ((FILE_NAME, missing), (APART, apart)):
+        if some:
+            replace_rows(folder, some, name)
+
+
 def drop_rows_after(folder: Path, step: int) -> None:
     """Take the rows of later steps out of every file: those steps were undone."""
     for name in KEYS:
@@ -83,12 +113,15 @@ def drop_rows_after(folder: Path, step: int) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader, or a crash, finds either the whole old one or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # several runs may write the same file
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _write(path: Path, rows: list[Row]) -> None:

@@ -74,11 +74,16 @@ def judge(rows: list[Row], config: RunConfig) -> Verdict:
 
 
 def verdicts(rows: list[Row], config: RunConfig) -> list[Verdict]:
-    """The verdict on each step that was measured, by ascending step."""
+    """The verdict on each step that can be compared with the others, by ascending step: all texts of
+    `data.evaluation` were measured then, as they were at the last such step."""
+    wanted = {(text.lang, text.domain) for text in config.data.evaluation}
     by_step: dict[int, list[Row]] = defaultdict(list)
     for row in rows:
-        by_step[row["step"]].append(row)
-    return [judge(by_step[step], config) for step in sorted(by_step)]
+        if (row["lang"], row["domain"]) in wanted:
+            by_step[row["step"]].append(row)
+    keys = {step: {(r["lang"], r["domain"]): r.get("key") for r in of_step} for step, of_step in by_step.items()}
+    complete = [step for step in sorted(by_step) if keys[step].keys() == wanted]
+    return [judge(by_step[step], config) for step in complete if keys[step] == keys[complete[-1]]]
 
 
 def best(rows: list[Row], config: RunConfig, steps: list[int] | None = None) -> Verdict | None:

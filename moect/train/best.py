@@ -9,16 +9,31 @@ from moect.config import RunConfig
 from moect.errors import DataError
 from moect.monitor.rows import read_rows
 from moect.monitor.verdict import Verdict, best
-from moect.train.checkpoint import list_checkpoints, step_of
+from moect.train.checkpoint import damage, list_checkpoints, step_of
 
 log = logging.getLogger("moect.checkpoint")
 
 
-def best_checkpoint(run_folder: Path, config: RunConfig) -> Verdict | None:
-    """The verdict on it; None where none was measured and is within the budget, or measurements are damaged."""
-    steps = [step_of(path) for path in list_checkpoints(Path(run_folder) / "checkpoints")]
+def best_checkpoint(run_folder: Path, config: RunConfig, sound: bool = False) -> Verdict | None:
+    """The verdict on it; None where none was measured and is within the budget, or measurements are damaged.
+
+    Args:
+        run_folder: the run's folder.
+        config: the run's.
+        sound: pass damaged checkpoints over, and say so; to know, every file of the best one is read.
+    """
+    folder = Path(run_folder) / "checkpoints"
+    steps = [step_of(path) for path in list_checkpoints(folder)]
     try:
-        return best(read_rows(Path(run_folder) / "monitor"), config, steps)
+        rows = read_rows(Path(run_folder) / "monitor")
     except DataError as error:
         log.warning("%s; no checkpoint is taken for the best", error)
         return None
+    while verdict := best(rows, config, steps):
+        path = folder / f"step-{verdict.step}"
+        fault = damage(path) if sound else None
+        if fault is None:
+            return verdict
+        log.warning("%s: the best checkpoint, but %s; passed over", path, fault)
+        steps.remove(verdict.step)
+    return None

@@ -75,7 +75,7 @@ def act(run: Course, rows: list[Row]) -> None:
     if action == "replay":
         _raise_replay(run, why)
     elif action == "rollback":
-        _roll_back(run, there, why)
+        _roll_back(run, why)
     elif action == "stop":
         raise _end(run, there, why)
     elif run.main:
@@ -88,13 +88,14 @@ def _raise_replay(run: Course, why: str) -> None:
         now = f"replay {run.loader.replay:.1%} -> {share:.1%}" if share else "replay is at monitor.max_replay already"
         log.warning("step %d: beyond monitor.max_forgetting: %s; %s", run.step, why, now)
     if share:
-        run.loader.set_replay(share)
+        run.loader.set_replay(share, run.config.train.steps - run.step)
         run.log.write(event="action", step=run.step, action="replay", why=why, replay=share, to=None)
 
 
-def _roll_back(run: Course, there: Verdict | None, why: str) -> None:
+def _roll_back(run: Course, why: str) -> None:
     """Weights and optimizer as in the best checkpoint; the text goes on, with more replay, to another end."""
     monitor = run.config.monitor
+    there = distributed.on_main(lambda: best_checkpoint(run.folder, run.config, sound=True))
     if there is None:
         raise _end(run, there, f"{why}; no checkpoint is within it")
     if run.rollbacks >= monitor.max_rollbacks:
@@ -103,7 +104,7 @@ def _roll_back(run: Course, there: Verdict | None, why: str) -> None:
     path = run.folder / "checkpoints" / f"step-{there.step}"
     run.go_back(path)
     if share:
-        run.loader.set_replay(share)
+        run.loader.set_replay(share, run.config.train.steps - run.step)
     run.rollbacks += 1
     if run.main:
         log.warning(
@@ -128,10 +129,12 @@ def _end(run: Course, there: Verdict | None, why: str) -> ForgettingError:
     run.log.write(event="action", step=run.step, action="stop", why=why, replay=None, to=None)
     run.log.write(event="stop", step=run.step)
     exported = f"the best within it is step-{there.step}, which `moect export` takes" if there else "none is within it"
-    return ForgettingError(
+    error = ForgettingError(
         f"{run.folder}: ends at step {run.step}, beyond monitor.max_forgetting: {why}; of the checkpoints {exported}; "
         "to go on, raise data.replay, monitor.max_forgetting or change monitor.action, with resume=auto"
     )
+    error.told_by_main_rank = not run.main
+    return error
 
 
 def _more_replay(run: Course) -> float | None:
@@ -142,8 +145,8 @@ def _more_replay(run: Course) -> float | None:
 
 
 def _undo_after(folder: Path, step: int) -> None:
-    """Checkpoints and measurements of later steps are of a course that is not taken any more."""
+    """Measurements and checkpoints of later steps are of a course that is not taken any more."""
+    drop_rows_after(folder / "monitor", step)
     for path in checkpoint.list_checkpoints(folder / "checkpoints"):
         if checkpoint.step_of(path) > step:
             shutil.rmtree(path)
-    drop_rows_after(folder / "monitor", step)

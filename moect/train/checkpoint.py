@@ -30,6 +30,7 @@ from moect.model.append import is_appended_tensor
 FORMAT = 1
 INFO = "checkpoint.json"
 MODULE = "module.safetensors"
+ASIDE = ".replaced-"  # before the name of a checkpoint while another takes its place
 log = logging.getLogger("moect.checkpoint")
 
 
@@ -54,10 +55,12 @@ def save_checkpoint(folder: Path, step: int, files: dict[str, dict[str, Tensor]]
         (temporary / INFO).write_text(text, encoding="utf-8")
         _sync(temporary / INFO)
         _sync(temporary)
+        aside = folder / f"{ASIDE}{final.name}"
         if final.exists():  # the same step once more, after a resume from an earlier one
-            shutil.rmtree(final)
+            os.rename(final, aside)
         os.rename(temporary, final)
         _sync(folder)
+        shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise CheckpointError(
             f"{final}: cannot be written: {error.strerror or error}; free space or change `output`"
@@ -65,9 +68,27 @@ def save_checkpoint(folder: Path, step: int, files: dict[str, dict[str, Tensor]]
     return final
 
 
-def rotate(folder: Path, keep_last: int, keep: int | None = None) -> None:
-    """Delete all but the newest `keep_last` checkpoints, 0 keeps all, and the one of step `keep`."""
-    for path in list_checkpoints(folder)[keep_last:] if keep_last else []:
+def put_back(folder: Path) -> None:
+    """Undo a replacement that was interrupted. Only who writes checkpoints here may call it."""
+    for aside in folder.glob(f"{ASIDE}step-*"):
+        path = folder / aside.name.removeprefix(ASIDE)
+        if path.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.rename(aside, path)
+
+
+def rotate(folder: Path, keep_last: int, step: int, keep: int | None = None) -> None:
+    """Delete all but the `keep_last` checkpoints up to a step, 0 keeps all.
+
+    Args:
+        folder: of the checkpoints.
+        keep_last: how many.
+        step: the last that was made. Later ones are of another course, or damaged; they are not touched.
+        keep: one more step to keep.
+    """
+    made = [path for path in list_checkpoints(folder) if step_of(path) <= step]
+    for path in made[keep_last:] if keep_last else []:
         if step_of(path) != keep:
             shutil.rmtree(path)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import time
 from pathlib import Path
 
 import torch
@@ -132,7 +131,7 @@ class Run:
         Raises:
             ForgettingError: an old language lost more than it may, and the run is to end then.
         """
-        train, began = self.config.train, time.perf_counter()
+        train = self.config.train
         if self.main:
             self._announce()
         if self.watch:
@@ -168,7 +167,7 @@ class Run:
         done = self.step == train.steps
         self.log.write(event="end" if done else "stop", step=self.step)
         if self.watch and self.main:
-            self.watch.tell_cost(time.perf_counter() - began)
+            self.watch.tell_cost(meter.total)
         how = "finished" if done else "stopped as asked; go on with resume=auto"
         self._say(f"\n{self.folder}: {how} at step {self.step}")
 
@@ -305,7 +304,7 @@ class Run:
         def write() -> None:
             path = checkpoint.save_checkpoint(folder, self.step, files, info)
             best = best_checkpoint(self.folder, self.config)
-            checkpoint.rotate(folder, self.config.train.keep_last, keep=best and best.step)
+            checkpoint.rotate(folder, self.config.train.keep_last, self.step, keep=best and best.step)
             self.log.write(event="checkpoint", step=self.step, peak_memory=peak)
             print(f"saved {path}", flush=True)
 
@@ -315,6 +314,7 @@ class Run:
         """The newest undamaged checkpoint, and what has changed since. One of another run is refused here, before
         anything is written."""
         folder = self.folder / "checkpoints"
+        distributed.on_main(lambda: checkpoint.put_back(folder))
         path = distributed.on_main(
             lambda: checkpoint.list_checkpoints(folder) and checkpoint.find_checkpoint(self.folder)
         )
@@ -354,6 +354,8 @@ class Run:
     def _resume(self, path: Path) -> None:
         """Go back to a checkpoint."""
         self.go_back(path)
+        if self.watch:
+            self.watch.forget_after(self.step)
         self.rollbacks = checkpoint.read_info(path).get("rollbacks", 0)
         self.log.write(event="resume", step=self.step, world_size=self.world_size, changed=self.changed)
         self._say(f"resumed from {path}" + "".join(f"\n  changed: {line}" for line in self.changed))

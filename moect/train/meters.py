@@ -103,7 +103,8 @@ class Meter:
         self.flops_per_step = flops_per_token * tokens_per_step
         self.peak = peak * world_size
         self.seconds: deque[float] = deque(maxlen=window)
-        self._start = 0.0
+        self.total = 0.0  # seconds of all steps
+        self._start = self._read = 0.0
 
     def start_step(self) -> None:
         """Call before a step."""
@@ -111,16 +112,21 @@ class Meter:
 
     def end_step(self) -> None:
         """Call after a step."""
-        self.seconds.append(time.perf_counter() - self._start)
+        took = time.perf_counter() - self._start
+        self.seconds.append(took)
+        self.total += took
 
     def read(self, steps_left: int) -> dict[str, float]:
-        """tokens_per_second, mfu (0 to 1), step_seconds and eta_seconds."""
+        """tokens_per_second, mfu (0 to 1), step_seconds and eta_seconds; and seconds, of all steps since it was read
+        last."""
         mean = sum(self.seconds) / len(self.seconds)
+        before, self._read = self._read, self.total
         return {
             "tokens_per_second": self.tokens_per_step / mean,
             "mfu": self.flops_per_step / mean / self.peak,
             "step_seconds": mean,
             "eta_seconds": mean * steps_left,
+            "seconds": self.total - before,
         }
 
 

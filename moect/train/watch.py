@@ -20,7 +20,7 @@ from moect.monitor.measuring.base import base_of
 from moect.monitor.measuring.cost import USUAL_SHARE
 from moect.monitor.reporting.table import render_table
 from moect.monitor.reporting.tensorboard import write_scalars
-from moect.monitor.rows import Row
+from moect.monitor.rows import Row, drop_rows_after
 from moect.train.folder import RunLog
 from moect.train.meters import duration
 
@@ -70,9 +70,9 @@ class Watch:
         """Say what share of a run's time went into measuring.
 
         Args:
-            seconds: that the run took.
+            seconds: that its steps took.
         """
-        share = self.seconds / seconds
+        share = self.seconds / (self.seconds + seconds)
         remedy = ""
         if share > USUAL_SHARE:
             remedy = (
@@ -89,10 +89,26 @@ class Watch:
                 with base() as base_model:
                     monitor.measure_base(base_model)
             rows = monitor.measure(model, step, base)
-        if distributed.is_main():
-            write_scalars(self.writer, rows, step)
-            print(f"\n{render_table(rows)}\n", flush=True)
+        self._tell(rows, step)
         return rows
+
+    def forget_after(self, step: int) -> None:
+        """Drop measurements of later steps, to which a run that goes on from this one will come once more."""
+        try:
+            distributed.on_main(lambda: drop_rows_after(self.monitor.folder, step))
+        except MoectError as error:  # a damaged file; the next measurement will say it too
+            if distributed.is_main():
+                log.warning("measurements after step %d are not dropped: %s", step, error)
+
+    def _tell(self, rows: list[Row], step: int) -> None:
+        """Table and scalars; what goes wrong here concerns the main rank alone, and the measurement holds."""
+        if not distributed.is_main():
+            return
+        try:
+            print(f"\n{render_table(rows)}\n", flush=True)
+            write_scalars(self.writer, rows, step)
+        except Exception as error:
+            log.warning("step %d was measured, but could not be shown: %s: %s", step, type(error).__name__, error)
 
     def _guarded(self, step: int, work: Callable[[], Any]) -> Any:
         """What the work gives, or None, said and logged, where it fails. It fails on all ranks or on none."""
@@ -105,9 +121,15 @@ class Watch:
             if distributed.is_main():
                 what = str(error) if isinstance(error, MoectError) else f"{type(error).__name__}: {error}"
                 log.warning("the monitor failed at step %d, and the run goes on: %s", step, what)
-            self.log.write(event="monitor failed", step=step, error=repr(error), traceback=traceback.format_exc())
+            self._log(event="monitor failed", step=step, error=repr(error), traceback=traceback.format_exc())
             return None
         finally:
             took = time.perf_counter() - start
             self.seconds += took
-            self.log.write(event="monitor", step=step, seconds=round(took, 3))
+            self._log(event="monitor", step=step, seconds=round(took, 3))
+
+    def _log(self, **values) -> None:
+        try:
+            self.log.write(**values)
+        except OSError as error:  # a full disk, say, which may be what the line is about
+            log.warning("log.jsonl: a line of the monitor could not be written: %s", error.strerror or error)

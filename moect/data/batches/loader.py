@@ -97,14 +97,17 @@ class Loader:
         """The share of rows of old languages that holds now; None: by size, like the others."""
         return self.config.data.replay
 
-    def set_replay(self, share: float) -> None:
+    def set_replay(self, share: float, steps: int) -> None:
         """From the next step on so large a share of the rows is of old languages; checkpoints keep it.
 
         Args:
             share: in place of `data.replay`, which must be there.
+            steps: that the run has before it, those among them that it makes once more.
         """
         self._take_replay(share)
-        self.mixture.change(self._shares(self.rows, tuple(self.mixture.drawn), tell=self.rank == 0))
+        left = steps * self.config.train.batch_size
+        shares = self._shares(self.rows, tuple(self.mixture.drawn), tell=self.rank == 0, left=left)
+        self.mixture.change(shares, left)
         self._restart()
 
     @property
@@ -160,7 +163,12 @@ class Loader:
             "drawn": self._by_key(self.mixture.drawn),
             "skipped": self._by_key(self.skipped),
             "segments": [
-                {"row": s.row, "weights": self._by_key(s.weights.tolist()), "drawn": self._by_key(s.drawn)}
+                {
+                    "row": s.row,
+                    "weights": self._by_key(s.weights.tolist()),
+                    "drawn": self._by_key(s.drawn),
+                    "left": s.left,
+                }
                 for s in segments
             ],
             "corpora": {corpus.key: self._fingerprint(corpus) for corpus in self.corpora},
@@ -192,6 +200,7 @@ class Loader:
                     _count(s["row"]),
                     np.array([float(s["weights"][c.key]) for c in self.corpora]),
                     tuple(_count(s["drawn"][c.key]) for c in self.corpora),
+                    None if s.get("left") is None else _count(s["left"]),
                 )
                 for s in state["segments"]
             ]
@@ -236,24 +245,29 @@ class Loader:
         """A row of each language to look at; see `sample_rows`."""
         return sample_rows(self.config, self.corpora, self.packed, tokenizer)
 
-    def _shares(self, row: int = 0, drawn: tuple[int, ...] | None = None, tell: bool = False) -> np.ndarray:
+    def _shares(
+        self, row: int = 0, drawn: tuple[int, ...] | None = None, tell: bool = False, left: int | None = None
+    ) -> np.ndarray:
         tokens = [rows.documents.n_tokens for rows in self.packed]
         sizes = [rows.rows_per_epoch for rows in self.packed]
-        return np.array(corpus_shares(self.config, self.corpora, tokens, sizes, row, drawn, tell))
+        return np.array(corpus_shares(self.config, self.corpora, tokens, sizes, row, drawn, tell, left))
 
     def _mixture(self, drawn: list[int], segments: list[Segment]) -> Mixture:
         """A mixture that has come so far; from here on with other shares, where the configuration now gives such."""
         rows = sum(drawn)
         if segments:  # machines may differ in the last bit of a power
             last = segments[-1]
-            same = np.allclose(last.weights, self._shares(last.row, last.drawn), rtol=1e-9, atol=1e-12)
+            now = self._shares(last.row, last.drawn, left=last.left)
+            same = np.allclose(last.weights, now, rtol=1e-9, atol=1e-12)
         else:  # a position of before there were segments: what was drawn tells the shares, to a row or two
             first = self._shares()
             same = np.abs(first * rows - drawn).max() < 2
             segments = [Segment(0, first if same else np.array(drawn) / rows, (0,) * len(drawn))]
         mixture = Mixture(segments[-1].weights, drawn, segments)
         if not same:
-            mixture.change(self._shares(rows, tuple(drawn), tell=self.rank == 0))
+            last = mixture.segments[-1]
+            left = None if last.left is None else last.left - (rows - last.row)
+            mixture.change(self._shares(rows, tuple(drawn), tell=self.rank == 0, left=left), left)
         return mixture
 
     def _draw(self, mixture: Mixture) -> list[list[tuple[int, int]]]:

@@ -100,11 +100,13 @@ class Segment:
         row: the run's first row in it.
         weights: float64, the share of each corpus.
         drawn: rows taken from each corpus before it.
+        left: rows that the run was to take from there on; None: as many as the configuration says, less those drawn.
     """
 
     row: int
     weights: np.ndarray
     drawn: tuple[int, ...]
+    left: int | None = None
 
 
 class Mixture:
@@ -136,9 +138,10 @@ class Mixture:
         self.drawn[corpus] += 1
         return corpus
 
-    def change(self, weights: np.ndarray) -> None:
-        """From the next row on these shares hold. What the past gave too much or too little is not made up for."""
-        self.segments.append(Segment(sum(self.drawn), np.asarray(weights, dtype=np.float64), tuple(self.drawn)))
+    def change(self, weights: np.ndarray, left: int | None = None) -> None:
+        """From the next row on these shares hold, for `left` rows. What the past gave too much or too little is not
+        made up for."""
+        self.segments.append(Segment(sum(self.drawn), np.asarray(weights, dtype=np.float64), tuple(self.drawn), left))
 
     def copy(self) -> Mixture:
         """The same state, to look ahead with."""

@@ -22,6 +22,7 @@ def corpus_shares(
     row: int = 0,
     drawn: tuple[int, ...] | None = None,
     tell: bool = False,
+    left: int | None = None,
 ) -> list[float | None]:
     """The share of the run's rows of each corpus.
 
@@ -32,6 +33,7 @@ def corpus_shares(
         row, drawn: from which row of the run on the shares are to hold, and what each corpus has given before; with
             `data.max_epochs` this much less is left of it.
         tell: log what the configuration leaves unclear or cannot be kept.
+        left: rows that the run is to take from `row` on; None: those of all its steps, less `row`.
 
     Returns:
         The shares; None where they hang on a size that is not known.
@@ -56,7 +58,7 @@ def corpus_shares(
     sizes = [1 if n is None else n for n in tokens]
     temperature = inf if data.sampling == "unimax" else data.temperature
     shares = corpus_weights(sizes, [c.role for c in corpora], [c.weight for c in corpora], data.replay, temperature)
-    rows_left = config.train.steps * config.train.batch_size - row
+    rows_left = config.train.steps * config.train.batch_size - row if left is None else left
     if data.max_epochs is not None and rows_left > 0:
         read = np.array(drawn if drawn is not None else [0] * len(corpora), dtype=np.float64)
         rows = np.array([inf if n is None else n for n in rows_per_epoch], dtype=np.float64)

@@ -14,6 +14,8 @@ from typing import Literal
 
 from moect.errors import DataError
 from moect.monitor.comparing.run_summary import Figures, Key, RunSummary, figures, summarise
+from moect.monitor.reporting.figures import change
+from moect.monitor.reporting.tensorboard import flat
 from moect.monitor.rows import Row
 
 log = logging.getLogger("moect.monitor")
@@ -102,7 +104,8 @@ def compare(runs: list[Path], last: bool = False, group: Grouping | None = None)
 
     Raises:
         ConfigError: a folder that is no run's.
-        DataError: a run that was never measured or is given twice, no text that all share, or a base that differs.
+        DataError: a run that was never measured or is given twice, no text that all share, a base that differs, or
+            runs of one name that differ in more than their seed.
     """
     folders = [Path(run) for run in runs]
     real = [folder.resolve() for folder in folders]
@@ -138,6 +141,8 @@ def _shared(runs: list[RunSummary]) -> tuple[list[Key], dict[str, str]]:
             left_out[named] = f"not measured in {', '.join(missing)}"
         elif why := next((why for run in runs[1:] if (why := _difference(first, run, key))), None):
             left_out[named] = why
+        elif any(change(run.rows[key]) is None for run in runs):
+            left_out[named] = "the base needs no bits for it, so that no change is a share of them"
         else:
             shared.append(key)
     if not shared:
@@ -153,7 +158,7 @@ def _difference(first: RunSummary, run: RunSummary, key: Key) -> str | None:
         return f"{one['role']} in {first.name}, {other['role']} in {run.name}"
     bases_differ = abs(one["base_bits_per_byte"] - other["base_bits_per_byte"]) > SAME_BASE
     # bytes alone say little: without BOS an added token at the beginning leaves out more of the same text
-    if one["documents"] != other["documents"] or (bases_differ and one["bytes"] != other["bytes"]):
+    if one.get("documents") != other.get("documents") or (bases_differ and one.get("bytes") != other.get("bytes")):
         return f"another text of that name in {run.name}"
     if bases_differ:
         raise DataError(
@@ -180,6 +185,9 @@ def _grouped(runs: list[RunSummary], group: Grouping | None) -> list[tuple[str, 
     groups: dict[str, list[RunSummary]] = {}
     for run in runs:
         groups.setdefault(of_key(run), []).append(run)
+    for first, *others in groups.values():
+        for run in others:
+            _check_same_configuration(first, run)
     named = [(_group_name(members), members) for members in groups.values()]
     names = [name for name, _ in named]
     return [(name if names.count(name) == 1 else members[0].name, members) for name, members in named]
@@ -190,12 +198,26 @@ def _without_seed(run: RunSummary) -> str:
 
 
 def _configuration(run: RunSummary) -> str:
-    """All that decides about a run but its seed; not how it was named, stopped and resumed."""
+    return json.dumps(_settings(run), sort_keys=True)
+
+
+def _check_same_configuration(one: RunSummary, other: RunSummary) -> None:
+    ours, theirs = _settings(one), _settings(other)
+    key = next((key for key in dict.fromkeys((*ours, *theirs)) if ours.get(key) != theirs.get(key)), None)
+    if key is not None:
+        raise DataError(
+            f"--group name: {one.name} and {other.name} differ in more than seed and name, `{key}` is {ours.get(key)} "
+            f"and {theirs.get(key)}; use --group config, or leave --group out"
+        )
+
+
+def _settings(run: RunSummary) -> dict:
+    """All that decides about a run but its seed, by dotted key; not how it was named, stopped and resumed."""
     values = dataclasses.asdict(run.config)
     for name in ("name", "output", "resume", "seed"):
         del values[name]
     del values["train"]["stop_after"]
-    return json.dumps(values, sort_keys=True)
+    return flat(values)
 
 
 def _group_name(members: list[RunSummary]) -> str:
@@ -209,6 +231,7 @@ def _group_name(members: list[RunSummary]) -> str:
 
 
 def _run_dict(run: RunSummary) -> dict:
-    plain = ("name", "step", "choice", "within", "tokens", "trainable", "tokens_per_second")
+    plain = ("name", "step", "choice", "within", "measured_until", "trained_until", "tokens", "tokens_undone")
+    plain += ("trainable", "tokens_per_second")
     values = {name: getattr(run, name) for name in (*plain, "peak_memory", "planned_memory")}
     return {"folder": str(run.folder), "method": run.config.method, "seed": run.config.seed, **values}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moect.monitor.comparing.comparison import Comparison, Entry
 from moect.monitor.reporting.pictures.drawing import BAD, GREY, drawing, save
-from moect.monitor.reporting.pictures.labels import COLOURS, MARKERS, drawable, shortened
+from moect.monitor.reporting.pictures.labels import COLOURS, MARKERS, labels_for
 from moect.monitor_config import ANY, Limit, limit_of
 
 MEANING = {"old": "old languages: loss", "new": "new languages: gain"}
@@ -43,7 +43,7 @@ def plot(comparison: Comparison, path: Path) -> None:
         )
         panels = list(grid[0])
         styles = [_style(number) for number in range(len(entries))]
-        names = [_name(entry.name, number) for number, entry in enumerate(entries, 1)]
+        names = labels_for([entry.name for entry in entries], "run")
         for role in reversed(roles):
             _bars(panels.pop(), role, langs[role], entries, styles)
         handles = [
@@ -171,7 +171,7 @@ def _bars(axes, role: str, langs: list[str], entries: list[Entry], styles: list)
             axes.errorbar(values, places, xerr=errors, fmt="none", ecolor="#333333", elinewidth=0.8, capsize=1.5)
         reach += values
     axes.axvline(0, color=GREY, linewidth=0.8)
-    axes.set_yticks(range(len(langs)), [_name(lang, number, "language") for number, lang in enumerate(langs, 1)])
+    axes.set_yticks(range(len(langs)), labels_for(langs, "language"))
     axes.margins(y=0.02)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
@@ -207,8 +207,3 @@ def _style(number: int) -> tuple[str, str]:
     """Colour and marker: 64 lines differ."""
     n = len(COLOURS)
     return COLOURS[number % n], MARKERS[(number + number // n) % len(MARKERS)]
-
-
-def _name(name: str, number: int, kind: str = "run") -> str:
-    """A name as the font of the plots has it."""
-    return shortened(name) if drawable(name) else f"{kind} {number}"

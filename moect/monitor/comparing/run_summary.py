@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 
 from moect.config import RunConfig
 from moect.errors import DataError
-from moect.monitor.reporting.figures import change, identical, mean, role
+from moect.monitor.reporting.figures import change, changes, identical, mean, role, worst
 from moect.monitor.reporting.run_files import read_run
 from moect.monitor.rows import FILE_NAME, Row
-from moect.monitor.verdict import best, judge
+from moect.monitor.verdict import best, judge, verdicts
 
 Key = tuple[str, str]  # language and domain of a text
 
@@ -25,10 +24,14 @@ class RunSummary:
         folder: of the run.
         config: of the run.
         step: of the checkpoint that is shown.
-        choice: why that one: `best` of those within the budget, `last`, or `none within`, and so the last.
+        choice: why that one: `best` of those within the budget, `last`, or `none within` or `none whole` (no step was
+            measured on all texts), and so the last.
         rows: of that step, by text.
         within: whether no old language lost more than it may; None: there is no limit.
-        tokens: that it had trained on by then.
+        measured_until, trained_until: the last step that was measured, and the last that was trained.
+        tokens: that its weights are made of; text that a rollback undid does not count.
+        tokens_undone: by rollbacks.
+        has_new: whether new languages were measured, so that the best checkpoint is the one with the greatest gain.
         trainable: parameters; None: there is no plan.json.
         tokens_per_second: median over the lines of the log; None: none says it.
         peak_memory: bytes, the greatest of any rank and any moment that was measured; None: it was not.
@@ -42,7 +45,11 @@ class RunSummary:
     choice: str
     rows: dict[Key, Row]
     within: bool | None
+    measured_until: int
+    trained_until: int
     tokens: int
+    tokens_undone: int
+    has_new: bool
     trainable: int | None
     tokens_per_second: float | None
     peak_memory: int | None
@@ -69,10 +76,12 @@ def summarise(folder: Path, last: bool = False) -> RunSummary:
     step, choice = rows[-1]["step"], "last"
     if not last and step:  # a run that has measured nothing but its beginning has no checkpoint to choose
         chosen = best(rows, config)
-        step, choice = (chosen.step, "best") if chosen else (step, "none within")
+        none = "none within" if any(verdict.step for verdict in verdicts(rows, config)) else "none whole"
+        step, choice = (chosen.step, "best") if chosen else (step, none)
     shown = [row for row in rows if row["step"] == step]
-    speeds = [line["tokens_per_second"] for line in run.log.figures if line.get("tokens_per_second")]
     peaks = [event["peak_memory"] for event in run.log.events("checkpoint") if event.get("peak_memory")]
+    trained = max((e["step"] for e in (*run.log.figures, *run.log.events("checkpoint"))), default=0)
+    tokens_per_step = config.train.batch_size * config.data.sequence_length
     limited = config.monitor.max_forgetting is not None and config.model.base is not None
     return RunSummary(
         name=folder.absolute().name,
@@ -82,9 +91,13 @@ def summarise(folder: Path, last: bool = False) -> RunSummary:
         choice=choice,
         rows={(row["lang"], row["domain"]): row for row in shown},
         within=judge(shown, config).within if limited else None,
-        tokens=step * config.train.batch_size * config.data.sequence_length,
+        measured_until=rows[-1]["step"],
+        trained_until=max(trained, rows[-1]["step"]),
+        tokens=step * tokens_per_step,
+        tokens_undone=run.log.steps_undone * tokens_per_step,
+        has_new=bool(role(rows, "new")),
         trainable=plan.get("parameters", {}).get("trainable"),
-        tokens_per_second=median(speeds) if speeds else None,
+        tokens_per_second=run.log.median_speed,
         peak_memory=max(peaks, default=None),
         planned_memory=sum(plan["memory_per_rank"].values()) if "memory_per_rank" in plan else None,
     )
@@ -122,7 +135,7 @@ class Figures:
 def figures(rows: list[Row]) -> Figures:
     """The figures of some texts of one checkpoint."""
     old, new = role(rows, "old"), role(rows, "new")
-    made = Figures(gain=mean([change(row) for row in new]), loss=mean([change(row) for row in old]))
+    made = Figures(gain=mean(changes(new)), loss=mean(changes(old)))
     made.exact_match_old, made.exact_match_new = (
         mean([row["exact_match"] for row in members if row.get("exact_match") is not None]) for members in (old, new)
     )
@@ -130,9 +143,9 @@ def figures(rows: list[Row]) -> Figures:
         made.changes[lang] = mean([change(row) for row in rows if row["lang"] == lang])
     if not old:
         return made
-    furthest = max(old, key=change)
+    furthest = worst(old)
     made.worst, made.worst_text = change(furthest), f"{furthest['lang']} {furthest['domain']}"
-    made.retention = mean([row["retention"] for row in old])
+    made.retention = mean([row["retention"] for row in old if row.get("retention") is not None])
     if compared := identical(old):
         made.identical, made.identical_low, made.identical_high = compared.share, compared.low, compared.high
     return made

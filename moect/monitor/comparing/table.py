@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from moect.monitor.comparing.comparison import Comparison, Entry
 from moect.monitor.comparing.run_summary import Figures, Key, RunSummary
+from moect.monitor.reporting.figures import share_text
 from moect.monitor.rows import Row
 from moect.tables import aligned
 
@@ -16,6 +17,7 @@ MEASURES = {
     "bits_per_byte": "bits per byte, and its change against the base (less is better)",
 }
 DEFINITIONS = {
+    "tokens": "behind the weights that are shown",
     "gain %": "new texts, 1 - bits per byte of the model / of the base; mean",
     "loss %": "old texts, bits per byte of the model / of the base - 1; mean, and `worst %` the greatest",
     "retention %": "old texts, bits per byte of the base / of the model; mean",
@@ -55,7 +57,7 @@ COLUMNS = [
     _percent("loss %", "loss", "+"),
     _percent("worst %", "worst", "+"),
     _percent("retention %", "retention"),
-    _percent("identical %", "identical"),
+    Column("identical %", lambda run, f: f.identical, lambda x: _share(x, 2), lambda x: f"{100 * x:.2f}"),
     _percent("exact old %", "exact_match_old"),
     _percent("exact new %", "exact_match_new"),
     Column("trains", lambda run, f: run.trainable, lambda x: si(x)),
@@ -86,10 +88,26 @@ def definitions(comparison: Comparison, markdown: bool = False) -> str:
     """Which checkpoints are shown, what the columns say, and what was left out."""
     shown = {run.choice for run in comparison.runs}
     limited = any(run.within is not None for run in comparison.runs)
-    best = "each run's best checkpoint" + (", within its budget," if limited else "") + " by gain"
+    by = {True: "gain", False: "retention"}
+    words = " or ".join(dict.fromkeys(by[run.has_new] for run in comparison.runs))
+    best = "each run's best checkpoint" + (", within its budget," if limited else "") + f" by {words}"
     lines = ["Shown: " + ("each run's last checkpoint." if comparison.last else f"{best}.")]
+    if "none whole" in shown:
+        lines.append(
+            "*: no step of this run was measured on all texts of its data.evaluation, so its last one is shown."
+        )
     if "none within" in shown:
         lines.append("*: no checkpoint of this run is within its budget, so its last one is shown.")
+    lines += [
+        f"†: {run.name} is measured up to step {run.measured_until:,}, and trained to step {run.trained_until:,}."
+        for run in comparison.runs
+        if run.measured_until < run.trained_until
+    ]
+    lines += [
+        f"{run.name}: the text of {si(run.tokens_undone)} tokens was undone by rollbacks, and is not counted."
+        for run in comparison.runs
+        if run.tokens_undone
+    ]
     if any(len(entry.runs) > 1 for entry in comparison.entries):
         lines.append("±: standard deviation over the runs of a line, mean before it.")
     used = _lines(comparison)[0]
@@ -157,8 +175,10 @@ def _line(entry: Entry) -> dict[str, str]:
             cells["identical %"] = (
                 f"{_share(values.identical)} ({100 * values.identical_low:.1f} to {100 * values.identical_high:.1f})"
             )
-    if any(run.choice == "none within" for run in entry.runs):
+    if any(run.choice in ("none within", "none whole") for run in entry.runs):
         cells["step"] += "*"
+    if any(run.measured_until < run.trained_until for run in entry.runs):
+        cells["step"] += "†"
     return cells
 
 
@@ -201,12 +221,9 @@ def _mean_and_spread(entry: Entry, values: list[float], digits: int) -> str:
     return f"{average:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
 
 
-def _share(share: float) -> str:
+def _share(share: float, digits: int = 1) -> str:
     """In %; all and none are said only where it is all or none."""
-    text = f"{100 * share:.1f}"
-    if share < 1 and text == "100.0":
-        return ">99.9"
-    return "<0.1" if share > 0 and text == "0.0" else text
+    return share_text(share, digits).removesuffix("%")
 
 
 def _table(heading: list[str], lines: list[list[str]], left: int, markdown: bool, fixed: int | None = None) -> str:

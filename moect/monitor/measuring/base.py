@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cache
+from functools import cache, partial
 
 from torch import nn
 
 from moect.config import RunConfig
-from moect.distributed import is_main
+from moect.distributed import is_main, together
 from moect.model.append import modules_of
 from moect.model.build import DTYPES, base_view, load_base, lora_layers
 from moect.monitor.measuring.exactness import Base
@@ -28,21 +28,20 @@ def base_of(model: nn.Module, config: RunConfig, wanted: bool = True) -> Iterato
         wanted: whether it is needed; if not, none is loaded.
 
     Yields:
-        It; None where it is not wanted, or training everything has left none and it cannot be loaded: a base made from
-        scratch, or one divided among the ranks (ZeRO-3).
+        It; None where it is not wanted, or training everything with ZeRO-3 has left none: one that is whole on every
+        rank may not fit beside the model.
     """
     if not wanted:
         yield None
     elif modules_of(model) or lora_layers(model):
         yield lambda: base_view(model)
-    elif config.model.base is None:
-        yield None
     elif config.train.zero_stage == 3:
         _say_once("the base is not held beside a model that is trained whole with ZeRO 3: logits are not compared")
         yield None
     else:
-        base = load_base(config.model, DTYPES[config.train.precision], config.seed)
-        base.to(next(model.parameters()).device)
+        device = next(model.parameters()).device
+        load = partial(load_base, config.model, DTYPES[config.train.precision], config.seed)
+        base = together(lambda: load().to(device))  # the step at which memory gives out
         yield lambda: nullcontext(base)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +69,17 @@ def make_prompts(
     return prompts
 
 
+@contextmanager
+def _settings_of(model: nn.Module, settings) -> Iterator[None]:
+    """Inside, the model generates by these settings alone: what they leave open is not taken from the base's own."""
+    before = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
 def _spans(tokenizer, text: str) -> list[tuple[int, int]]:
     """Where each token stands in the text."""
     return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
@@ -92,7 +105,7 @@ def write_on(model: nn.Module, tokenizer, prompts: list[Prompt], n_tokens: int, 
     )
     device = next(model.parameters()).device
     written = []
-    with evaluation_mode(model):
+    with evaluation_mode(model), _settings_of(model, settings):
         for start in range(0, len(prompts), batch_size):
             ids = [
                 before + tokenizer(p.text, add_special_tokens=False)["input_ids"] for p in prompts[start:][:batch_size]

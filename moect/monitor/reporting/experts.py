@@ -69,10 +69,16 @@ def mean_load(rows: list[Row]) -> np.ndarray | None:
     measured = [row for row in rows if row.get("expert_load")]
     if not measured:
         return None
-    weights = [row.get("tokens", row.get("bytes", 1)) * row.get("open_share", 1.0) for row in measured]
+    unit = unit_of_weight(measured)
+    weights = [row.get(unit, 1) * row.get("open_share", 1.0) for row in measured]
     total_LE = sum(np.array(row["expert_load"]) * weight for row, weight in zip(measured, weights, strict=True))
     sum_L1 = total_LE.sum(1, keepdims=True)
     return np.divide(total_LE, sum_L1, out=np.zeros_like(total_LE), where=sum_L1 > 0)
+
+
+def unit_of_weight(rows: list[Row]) -> str:
+    """What texts weigh by: `tokens`, or `bytes` where tokens were not counted."""
+    return "tokens" if all(row.get("tokens") for row in rows) else "bytes"
 
 
 def blocks_of(rows: list[Row]) -> list[int]:

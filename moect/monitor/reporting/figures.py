@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from moect.monitor.measuring.exactness import wilson
@@ -50,13 +51,25 @@ def identical(rows: list[Row]) -> Identical | None:
     return Identical(documents, same, tokens, same_tokens, *interval)
 
 
-def change(row: Row) -> float:
+def change(row: Row) -> float | None:
     """What became of a text, as a share of the base's bits per byte: of an old one what was lost (below 0: it got
-    better), of a new one what was gained."""
-    base = row["base_bits_per_byte"]
-    if row["role"] == "old":
-        return row["delta"] / base if base else 0.0
-    return row["gain"] if row.get("gain") is not None else -row["delta"] / base if base else 0.0
+    better), of a new one what was gained. None where the base needs no bits at all and the model does."""
+    base, lost = row["base_bits_per_byte"], row["delta"]
+    if not base:
+        return None if lost else 0.0
+    if row["role"] == "new":
+        return row["gain"] if row.get("gain") is not None else -lost / base
+    return lost / base
+
+
+def changes(rows: list[Row]) -> list[float]:
+    """`change` of each row that has one."""
+    return [share for row in rows if (share := change(row)) is not None]
+
+
+def worst(rows: list[Row]) -> Row | None:
+    """The old text that lost most; before all others one of which the base knew every byte and the model does not."""
+    return max(role(rows, "old"), key=lambda row: math.inf if (share := change(row)) is None else share, default=None)
 
 
 def change_interval(row: Row) -> tuple[float, float] | None:
@@ -105,6 +118,12 @@ def share_text(share: float | None, digits: int = 1) -> str:
     if share > 0 and float(text) == 0:
         return f"<{least:.{digits}f}%"
     return f"{text}%"
+
+
+def bound_text(share: float, digits: int = 2) -> str:
+    """A share in percent that nothing it bounds is above: rounded up."""
+    scale = 10**digits
+    return f"{math.ceil(100 * share * scale - 1e-9) / scale:.{digits}f}%"  # 0.29% stays 0.29%, whatever its last bit
 
 
 def between(interval: tuple[float, float] | None, digits: int = 2, sign: bool = True) -> str:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from moect.config import RunConfig
-from moect.monitor.reporting.figures import at_step, change, identical, mean, role
+from moect.monitor.reporting.figures import at_step, changes, identical, mean, role
 from moect.monitor.rows import Row, read_rows
 
 SCALARS = ("bits_per_byte", "delta", "retention", "gain", "exact_match")
@@ -101,9 +101,9 @@ def last_figures(rows: list[Row]) -> dict[str, float]:
     old, new = role(last, "old"), role(last, "new")
     same = identical(old)
     figures = {
-        "last/mean_gain": mean([change(row) for row in new]),
-        "last/mean_forgotten": mean([change(row) for row in old]),
-        "last/worst_forgotten": max((change(row) for row in old), default=None),
+        "last/mean_gain": mean(changes(new)),
+        "last/mean_forgotten": mean(changes(old)),
+        "last/worst_forgotten": max(changes(old), default=None),
         "last/old_documents_identical": same.share if same else None,
     }
     return {name: value for name, value in figures.items() if value is not None}

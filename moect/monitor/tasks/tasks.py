@@ -19,7 +19,8 @@ from typing import Any
 from torch import nn
 
 from moect.config import RunConfig
-from moect.errors import ConfigError, DataError, MoectError, TrainingError
+from moect.distributed import together
+from moect.errors import ConfigError, DataError, MoectError
 from moect.monitor.measuring.score import evaluation_mode
 from moect.monitor.rows import Row
 from moect.monitor.tasks.documents import local_dataset, questions_among_examples
@@ -122,23 +123,14 @@ class Tasks:
         Raises:
             ConfigError: a task writes more than the model has room for.
             TrainingError: another rank failed.
+            RankLost: this one failed while `divided`.
         """
         if not self._asked:
             return []
-        found, failure = None, None
-        try:
-            part = (0, 1) if divided else (rank, world_size)
-            found = self._answers(model, batch_size, part, divided and world_size > 1, base)
-        except Exception as error:  # the others wait for this rank, whatever happened
-            failure = error
-        if failure and world_size == 1:
-            raise failure
-        told = _shared((found, failure and one_line(failure)), world_size)
-        if failure:
-            raise failure
-        if broken := [(r, error) for r, (_, error) in enumerate(told) if error]:
-            raise TrainingError("monitor.tasks failed on rank {}: {}; see what that rank says".format(*broken[0]))
-        parts = [answers for answers, _ in (told[:1] if divided else told)]
+        part = (0, 1) if divided else (rank, world_size)
+        synced = divided and world_size > 1
+        found = together(lambda: self._answers(model, batch_size, part, synced, base), divided)
+        parts = [found] if divided else _shared(found, world_size)
         return [
             _result(asked, dict(sorted((n, v) for answers in parts for n, v in answers[index].items())))
             for index, asked in enumerate(self._asked)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from moect.monitor.reporting.figures import MINUS
+from moect.monitor.reporting.names import isolated, plain
 from moect.monitor.reporting.page.content import Block, Picture, Sample, Section, Table, Text, compact
 from moect.monitor.reporting.page.measured import Measured
 from moect.monitor.reporting.pictures.plots import plot_tasks
 
-SHARES = ("acc", "exact_match", "em", "f1", "mc")  # beginnings of the names of measures that lie between 0 and 1
+SHARES = ("acc", "exact_match", "em", "f1", "mc1", "mc2")  # measures between 0 and 1, `acc_norm` and the like too
 LONGEST_SAMPLE = 600  # characters
 
 
@@ -22,11 +23,11 @@ def tasks(m: Measured) -> Section | None:
         form = _task_form(t)
         lines.append(
             [
-                t["task"],
-                t["lang"],
+                plain(t["task"]),
+                plain(t["lang"]),
                 _with_error(t.get("difference"), t.get("difference_stderr"), form, sign=True),
                 _with_error(t.get("base_value"), t.get("base_stderr"), form),
-                _with_error(t["value"], t.get("stderr"), form),
+                _with_error(t.get("value"), t.get("stderr"), form),
                 f"{t['questions']:,}" if t.get("questions") is not None else "",
                 t.get("metric") or "",
                 t.get("role") or "",
@@ -34,7 +35,7 @@ def tasks(m: Measured) -> Section | None:
         )
     heads = ["task", "language", "difference", "base", "model", "questions", "measure", "role"]
     blocks: list[Block] = [compact(Table(heads, lines, 2))]
-    shares = [t for t in here if _is_share(t) and t.get("base_value") is not None]
+    shares = [t for t in here if _is_share(t) and None not in (t.get("value"), t.get("base_value"))]
     if shares:
         path = plot_tasks(shares, m.labels, m.plots / "tasks.png")
         alt = f"Value of each task under base and model at step {step:,}."
@@ -51,7 +52,7 @@ def samples(m: Measured) -> Section | None:
     here = sorted((s for s in m.run.samples if s["step"] == step), key=lambda s: s.get("role") == "old")
     blocks = [
         Sample(
-            " · ".join(str(s[key]) for key in ("lang", "role", "domain") if s.get(key)),
+            " · ".join(isolated(str(s[key])) for key in ("lang", "role", "domain") if s.get(key)),
             s["lang"],
             *(_short(s.get(key) or "", end=key == "prompt") for key in ("prompt", "reference", "base", "model")),
         )
@@ -62,7 +63,8 @@ def samples(m: Measured) -> Section | None:
 
 
 def _is_share(task: dict) -> bool:
-    return str(task.get("metric", "")).startswith(SHARES)
+    name = str(task.get("metric", "")).split(",")[0]  # without the filter
+    return name in SHARES or name.startswith(tuple(f"{share}_" for share in SHARES))
 
 
 def _task_form(task: dict) -> tuple[float, str]:

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from moect.monitor.reporting.figures import share_text
+from moect.monitor.reporting.names import isolated, isolated_in, plain
 from moect.monitor.reporting.page.content import Block, Code, Picture, Section, Table, Terms, Text
 from moect.monitor.reporting.pictures.plots import plot_loss
 from moect.monitor.reporting.run_files import RunFiles
@@ -26,8 +27,9 @@ DEFINITIONS = {
     "gate": "mean weight of the frozen FFN; with a language gate, the gate's mean value (near 0 for old languages).",
     "open": "share of tokens that the language gate lets through to the experts.",
     "best checkpoint": "the one with the greatest mean gain among those within the limits of `monitor.max_forgetting`; "
-    "without limits, among all.",
+    "without limits, among all. Without new languages, the one with the greatest mean retention.",
 }
+MOST_OF_A_HOST = 8  # ranks; plan.json does not say on how many hosts they were
 
 
 def training(run: RunFiles, plots: Path) -> Section:
@@ -37,32 +39,21 @@ def training(run: RunFiles, plots: Path) -> Section:
         return Section("training", "Training", [Text("No step was logged yet.")])
     last = losses[-1]
     said = [f"Loss {losses[0]['loss']:.4f} at step {losses[0]['step']:,}, {last['loss']:.4f} at step {last['step']:,}."]
-    speeds = sorted(r["tokens_per_second"] for r in losses if r.get("tokens_per_second"))
-    if speeds:
-        said.append(f"Median speed {speeds[len(speeds) // 2]:,.0f} tokens a second.")
-    if (share := monitor_share(run)) is not None:
+    if (speed := run.log.median_speed) is not None:
+        said.append(f"Median speed {speed:,.0f} tokens a second.")
+    if (share := run.log.monitor_share) is not None:
         said.append(f"The monitor took {share_text(share)} of the time of training and measuring.")
-    marks = [(e["step"], e["action"]) for e in run.log.events("action")]
+    marks = [(_at(e), str(e.get("action"))) for e in run.log.events("action")]
     path = plot_loss(losses, marks, plots / "loss.png")
     blocks: list[Block] = [Text(" ".join(said)), Picture(path, "Training loss by step.")]
     if seen := last.get("tokens_seen"):
         total = sum(seen.values()) or 1
-        lines = [[lang, f"{tokens:,}", share_text(tokens / total)] for lang, tokens in seen.items()]
-        blocks.append(Table(["language", "tokens seen", "share"], lines))
+        lines = [[plain(lang), f"{tokens:,}", share_text(tokens / total)] for lang, tokens in seen.items()]
+        head = "tokens drawn, undone ones too" if run.log.steps_undone else "tokens seen"
+        blocks.append(Table(["language", head, "share"], lines))
     if run.log.cut:
         blocks.append(Text(f"{run.log.cut} line(s) of log.jsonl, cut off by a crash, are left out."))
     return Section("training", "Training", blocks)
-
-
-def monitor_share(run: RunFiles) -> float | None:
-    """The monitor's part of the time that steps and measurements took, as far as the log knows; None: it does not."""
-    measuring = sum(e.get("seconds") or 0.0 for e in run.log.events("monitor"))
-    steps, before = 0.0, 0
-    for figures in run.log.figures:
-        if figures.get("step_seconds") is not None:
-            steps += figures["step_seconds"] * max(0, figures["step"] - before)
-        before = figures["step"]
-    return measuring / (measuring + steps) if measuring and steps else None
 
 
 def mixture(run: RunFiles) -> Section | None:
@@ -73,7 +64,7 @@ def mixture(run: RunFiles) -> Section | None:
         for key in dict.fromkeys((*before, *now)):
             old, new = before.get(key), now.get(key)
             if old != new:
-                lines.append([f"{event['step']:,}", key, share_text(old, 2), share_text(new, 2)])
+                lines.append([f"{event['step']:,}", plain(key), share_text(old, 2), share_text(new, 2)])
     if not lines:
         return None
     return Section(
@@ -84,7 +75,8 @@ def mixture(run: RunFiles) -> Section | None:
 def actions(run: RunFiles) -> Section | None:
     """What the run did about forgetting, and measurements that failed."""
     lines = []
-    for e in sorted(run.log.events("action"), key=lambda e: e.get("from") or e["step"]):
+    names = {*run.config.data.languages, *(row["domain"] for row in run.rows)}
+    for e in sorted(run.log.events("action"), key=_at):
         replay = e.get("replay")
         done = {
             "replay": f"replay raised to {share_text(replay)}" if replay is not None else "replay raised",
@@ -92,13 +84,17 @@ def actions(run: RunFiles) -> Section | None:
             + (f", replay {share_text(replay)}" if replay is not None else ""),
             "stop": "the run was ended",
         }.get(e.get("action"), str(e.get("action")))
-        at = e["from"] if e.get("from") is not None else e["step"]
-        lines.append([f"{at:,}", done, str(e.get("why") or "")])
+        lines.append([f"{_at(e):,}", done, isolated_in(str(e.get("why") or ""), names)])
     blocks: list[Block] = [Table(["at step", "what the run did", "why"], lines, 3)] if lines else []
     failed = [[f"{e.get('step', 0):,}", str(e.get("error", ""))] for e in run.log.events("monitor failed")]
     if failed:
         blocks += [Text("Measurements that failed; the training went on:"), Table(["at step", "error"], failed, 2)]
     return Section("actions", "What the run did about it", blocks) if blocks else None
+
+
+def _at(action: dict) -> int:
+    """The step at which it was taken: of a rollback, where the run came from."""
+    return action["from"] if action.get("from") is not None else action["step"]
 
 
 def facts(run: RunFiles) -> Section:
@@ -113,8 +109,8 @@ def facts(run: RunFiles) -> Section:
         told.append(("module", f"{moe.experts} experts, top {moe.top_k}, fusion {moe.fusion}{gate}"))
     told += [
         ("base", config.model.base or "made from scratch"),
-        ("old languages", ", ".join(by_role["old"]) or "none"),
-        ("new languages", ", ".join(by_role["new"]) or "none"),
+        ("old languages", ", ".join(map(isolated, by_role["old"])) or "none"),
+        ("new languages", ", ".join(map(isolated, by_role["new"])) or "none"),
         ("steps", f"{steps_done(run):,} of {train.steps:,}"),
         ("tokens a step", f"{train.batch_size * data.sequence_length:,}"),
         ("replay", "by number of tokens" if data.replay is None else share_text(data.replay)),
@@ -122,10 +118,10 @@ def facts(run: RunFiles) -> Section:
         ("precision, seed", f"{train.precision}, {config.seed}"),
     ]
     if count := plan.get("parameters"):
-        shares = f"{count['total']:,} total, {count['trainable']:,} trainable, {count['active']:,} active per token"
-        told.append(("parameters", shares))
+        words = {"total": "total", "trainable": "trainable", "active": "active per token"}
+        told.append(("parameters", ", ".join(f"{count[key]:,} {word}" for key, word in words.items() if key in count)))
     if "ranks" in plan:
-        told.append(("ranks", f"{plan['ranks']}, ZeRO {plan['zero_stage']}"))
+        told.append(("ranks", f"{plan['ranks']}, ZeRO {plan.get('zero_stage', train.zero_stage)}"))
     return Section("facts", "The run", [Table(["fact", "value"], [[name, str(value)] for name, value in told], 2)])
 
 
@@ -133,9 +129,14 @@ def commands(run: RunFiles) -> Section:
     """How to make the report, the export and the run again."""
     folder, name = shlex.quote(str(run.folder)), shlex.quote(f"name={run.config.name}-again")
     config = shlex.quote(str(run.folder / "config.yaml"))
-    ranks = f" --num_accelerators {run.plan['ranks']}" if run.plan.get("ranks", 1) > 1 else ""
+    ranks = run.plan.get("ranks", 1)
+    launcher, where = "python", ""
+    if ranks > MOST_OF_A_HOST:
+        launcher, where = "deepspeed", f"  # {ranks} ranks (on the hosts it ran on)"
+    elif ranks > 1:
+        launcher = f"deepspeed --num_accelerators {ranks}"
     lines = [
-        f"deepspeed{ranks} launch/train.py --config {config} {name} resume=never",
+        f"{launcher} launch/train.py --config {config} {name} resume=never{where}",
         f"moect report {folder}",
         f"moect export {folder}",
     ]
@@ -155,10 +156,4 @@ def definitions() -> Section:
 
 def steps_done(run: RunFiles) -> int:
     """Optimizer steps behind the run."""
-    return max((e["step"] for e in (*run.log.figures, *run.log.events("checkpoint"))), default=0)
-
-
-def tokens_seen(run: RunFiles) -> int | None:
-    """Tokens that the run has drawn, of all languages; None: not logged."""
-    last = next((f for f in reversed(run.log.figures) if f.get("tokens_seen")), None)
-    return sum(last["tokens_seen"].values()) if last else None
+    return max((e["step"] for e in (*run.log.figures, *run.log.events("checkpoint"), *run.rows)), default=0)

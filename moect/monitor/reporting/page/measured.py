@@ -11,12 +11,14 @@ from moect.monitor.reporting.figures import (
     between,
     change,
     change_interval,
+    changes,
     identical,
     mean,
     role,
     share_text,
     signed,
 )
+from moect.monitor.reporting.names import isolated, plain
 from moect.monitor.reporting.page.content import Block, Picture, Section, Table, Text, compact
 from moect.monitor.reporting.pictures.change_plots import Limits, plot_changes, plot_curves, plot_pareto
 from moect.monitor.reporting.pictures.labels import Labels
@@ -37,6 +39,7 @@ class Measured:
         plots: the folder that takes the pictures.
         last: rows of the last measured step.
         verdict: on them.
+        verdicts: on each step that can be compared with the others.
         best: verdict on the best checkpoint, if any is within the limits.
         limits: what an old text may lose, a share of the base's, by language and domain.
     """
@@ -46,6 +49,7 @@ class Measured:
     plots: Path
     last: list[Row]
     verdict: Verdict
+    verdicts: list[Verdict]
     best: Verdict | None
     limits: Limits
 
@@ -61,14 +65,14 @@ def measured(run: RunFiles, plots: Path) -> Measured | None:
         limit, base_bits = limit_of(run.config.monitor, row["lang"]), row["base_bits_per_byte"]
         if limit is not None and base_bits:
             limits[row["lang"], row["domain"]] = limit.bits(base_bits) / base_bits
-    verdict = judge(last, run.config)
-    return Measured(run, Labels(run.rows), plots, last, verdict, best(run.rows, run.config), limits)
+    found = verdicts(run.rows, run.config), best(run.rows, run.config)
+    return Measured(run, Labels(run.rows), plots, last, judge(last, run.config), *found, limits)
 
 
 def languages(m: Measured) -> Section:
     """What became of each text at the last checkpoint, and at the best where that is another."""
     path = plot_changes(m.last, m.limits, m.labels, m.plots / "last.png")
-    summary = "; ".join(f"{m.labels.of(row)} {signed(change(row))}" for row in m.last)
+    summary = "; ".join(f"{isolated(m.labels.of(row))} {signed(change(row)) or 'not known'}" for row in m.last)
     alt = f"Bars of what each text lost or gained at step {m.verdict.step:,}: {summary}."
     blocks: list[Block] = [*_tables(m, m.last), Picture(path, alt, _how_bars_read(m))]
     if m.best and m.best.step != m.verdict.step:
@@ -85,8 +89,7 @@ def languages(m: Measured) -> Section:
 
 def checkpoints(m: Measured) -> Section | None:
     """How it came to this: curves, gain against forgetting, a line a checkpoint."""
-    found = verdicts(m.run.rows, m.run.config)
-    if len(found) < 2:
+    if len(m.verdicts) < 2:
         return None
     path = plot_curves(m.run.rows, m.limits, m.labels, m.plots / "forgetting.png")
     dashed = " A limit that is far above the curves is not drawn." if m.limits else ""
@@ -99,9 +102,9 @@ def checkpoints(m: Measured) -> Section | None:
         )
     ]
     points, lines, marked = [], [], {}
-    for number, verdict in enumerate(found):
+    for number, verdict in enumerate(m.verdicts):
         here = at_step(m.run.rows, verdict.step)
-        lost = [change(row) for row in role(here, "old")]
+        lost = changes(role(here, "old"))
         same = identical(role(here, "old"))
         if lost and verdict.gain is not None:
             points.append((verdict.step, mean(lost), max(lost), verdict.gain))
@@ -128,6 +131,34 @@ def checkpoints(m: Measured) -> Section | None:
         blocks.append(Picture(path, alt, "Up is learned, right is forgotten; the numbers are steps."))
     heads = ["step", "mean gain", "mean forgotten", "worst forgotten", "old documents identical", "limits"]
     return Section("checkpoints", "Checkpoints", [*blocks, compact(Table(heads, lines, 1, marked))])
+
+
+def apart(run: RunFiles) -> Section | None:
+    """What `moect evaluate` measured on other texts or with other settings."""
+    if not run.apart:
+        return None
+    lines = []
+    for row in run.apart:
+        same = identical([row])
+        lines.append(
+            [
+                f"{row['step']:,}",
+                plain(row["lang"]),
+                row["role"],
+                plain(row["domain"]),
+                f"{row['documents']:,}" if row.get("documents") is not None else "",
+                f"{row['base_bits_per_byte']:.4f}",
+                f"{row['bits_per_byte']:.4f}",
+                signed(change(row)),
+                share_text(same.share) if same else "",
+            ]
+        )
+    told = (
+        "Measured by `moect evaluate` on other texts, or with other settings, than in training: bits per byte, with "
+        "what an old language lost and a new one gained. It takes part in no verdict, no curve and no comparison."
+    )
+    heads = ["step", "language", "role", "domain", "documents", "base", "model", "change", "documents identical"]
+    return Section("apart", "Measured apart", [Text(told), compact(Table(heads, lines, 4))])
 
 
 def exactness(m: Measured) -> Section | None:
@@ -161,7 +192,9 @@ def exactness(m: Measured) -> Section | None:
     heads += ["same first choice", "KL, bits a token", "greatest difference"]
     path = plot_exactness(m.run.rows, m.verdict.step, m.labels, m.plots / "exactness.png")
     alt = "Share of documents whose logits are the base's bit for bit, by step and by length of the document."
-    caption = "Long documents have more tokens that could pass the gate, so fewer of them are identical as a whole."
+    caption = ""
+    if m.run.config.method == "moe-ct" and m.run.config.moe.language_gate:
+        caption = "Long documents have more tokens that could pass the gate, so fewer of them are identical as a whole."
     return Section(
         "exactness",
         "Bit-identical to the base",
@@ -180,8 +213,11 @@ def names(m: Measured) -> Section | None:
     """What stands for names that plots cannot write. To be made after all plots."""
     if not m.labels.replaced:
         return None
-    told = Text("The font of the plots lacks characters of some names. Others stand for them there.")
-    lines = [[shown, name] for shown, name in m.labels.replaced.items()]
+    told = Text(
+        "The font of the plots lacks characters of some names, and some would look alike where they are shortened. "
+        "Others stand for them there."
+    )
+    lines = [[shown, plain(name)] for shown, name in m.labels.replaced.items()]
     return Section("names", "Names in the plots", [told, Table(["in plots", "is"], lines, 2)])
 
 
@@ -213,7 +249,7 @@ def _tables(m: Measured, rows: list[Row]) -> list[Table]:
                 ]
             )
         if len(members) > 1:
-            lines.append(["mean", signed(mean([change(row) for row in members])), *[""] * 11])
+            lines.append(["mean", signed(mean(changes(members))), *[""] * 11])
         heads = ["to keep" if name == "old" else "to learn", word, "documents identical", "limit", "95% interval"]
         heads += ["tokens identical", "base, bits per byte", "model", "difference", "exact match, base", "model"]
         heads += ["documents", "bytes"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moect.monitor.reporting.experts import DEAD, OVERLOADED, Expert, odd_experts
+from moect.monitor.reporting.experts import DEAD, OVERLOADED, Expert, odd_experts, unit_of_weight
 from moect.monitor.reporting.figures import role, share_text
 from moect.monitor.reporting.page.content import Block, Picture, Section, Table, Text, compact
 from moect.monitor.reporting.page.measured import Measured
@@ -17,6 +17,8 @@ def routing(m: Measured) -> Section | None:
     if not routed:
         return None
     dead, overloaded = odd_experts(routed)
+    gated = any(row.get("open_share") is not None for row in m.run.rows)
+    gated_words = " and by the share of their tokens that reach the experts" if gated else ""
     few, many = f"less than {100 * DEAD:.0f}%", f"more than {OVERLOADED:.0f} times"
     blocks: list[Block] = [
         Text(_named("dead", dead, f"gets {few} of an even share of the assignments over all texts")),
@@ -24,8 +26,8 @@ def routing(m: Measured) -> Section | None:
         Picture(
             plot_load(routed, m.plots / "load.png"),
             f"Load of each expert over all texts, by block. {len(dead)} dead, {len(overloaded)} overloaded.",
-            "Texts weigh by their bytes and by the share of their tokens that reach the experts. Crosses are dead "
-            "experts, rings overloaded ones. Grey: no token reached the block.",
+            f"Texts weigh by their {unit_of_weight(routed)}{gated_words}. Crosses are dead experts, rings overloaded "
+            "ones. Grey: no token reached the block.",
         ),
     ]
     if len(routed[0]["expert_load"][0]) > 1:
@@ -36,18 +38,19 @@ def routing(m: Measured) -> Section | None:
                 "An expert that stands out in one language's row alone has become that language's own.",
             )
         )
-    if any(row.get("open_share") is not None for row in m.run.rows):
+    if gated:
         blocks += _open_curves(m)
     panels = [("gate_by_block", "Weight of the frozen FFN")] if any(row.get("gate_by_block") for row in routed) else []
     panels += [("load_entropy", "Evenness of load (1: all alike)")]
     if any(row.get("router_entropy") for row in routed):
         panels.append(("router_entropy", "Router's uncertainty (0: it is sure)"))
-    gated = " The weight of the frozen FFN is 1 where the experts do not matter." if len(panels) == 3 else ""
+    frozen = panels[0][0] == "gate_by_block"
+    weight = " The weight of the frozen FFN is 1 where the experts do not matter." if frozen else ""
     blocks.append(
         Picture(
             plot_by_block(routed, panels, m.labels, m.plots / "routing.png"),
             "Heat maps of texts by blocks: " + ", ".join(title for _, title in panels) + ".",
-            "Entropies are shares of their greatest value. Grey: no token of the text reached the block." + gated,
+            "Entropies are shares of their greatest value. Grey: no token of the text reached the block." + weight,
         )
     )
     if any("gate" in row for row in routed):

@@ -149,8 +149,9 @@ def plot_pareto(
 
 def _bars(axes, rows: list[Row], limits: Limits, labels: Labels) -> None:
     for place, row in enumerate(rows):
-        value, interval = 100 * change(row), change_interval(row)
-        axes.barh(place, value, height=0.68, color=labels.style(row).colour, alpha=0.85)
+        value, interval = change(row), change_interval(row)
+        if value is not None:
+            axes.barh(place, 100 * value, height=0.68, color=labels.style(row).colour, alpha=0.85)
         if interval:
             low, high = (100 * x for x in interval)
             axes.plot([low, high], [place, place], color="#222222", linewidth=1.3, solid_capstyle="butt")
@@ -167,7 +168,8 @@ def _bars(axes, rows: list[Row], limits: Limits, labels: Labels) -> None:
 def _lines(rows: list[Row]) -> dict[tuple, list[Row]]:
     lines: dict[tuple, list[Row]] = defaultdict(list)
     for row in rows:
-        lines[row["lang"], row["domain"]].append(row)
+        if change(row) is not None:
+            lines[row["lang"], row["domain"]].append(row)
     return lines
 
 
@@ -176,8 +178,9 @@ def _limit_lines(axes, limits: Limits, ends: list) -> None:
     distinct = sorted({round(100 * share, 3) for share in limits.values()})
     low, high = axes.get_ylim()
     reached = [limit for limit in distinct if limit <= high + 1.5 * (high - low)]
+    last = max((end[0] for end in ends), default=axes.get_xlim()[1])
     for limit in reached[:4]:
         axes.axhline(limit, color=BAD, linewidth=1, linestyle=(0, (5, 4)))
-        ends.append((axes.get_xlim()[1], limit, f"limit {limit:g}%", BAD))
+        ends.append((last, limit, f"limit {limit:g}%", BAD))
     if reached:
         axes.set_ylim(low, max(high, reached[:4][-1] + 0.06 * (high - low)))

@@ -68,7 +68,8 @@ def by_step(plt, axes) -> None:
 
 
 def name_ends(axes, ends: list[tuple[float, float, str, str]], line_height: float = 0.135) -> None:
-    """Write the names of lines at their right ends, moved apart so that none covers another.
+    """Write the names of lines at their right ends, moved apart so that none covers another. Where a line ends before
+    the plot does, its name stands there, and nothing leads to it that could be taken for data.
 
     Args:
         axes: finished but for this; its y limits are kept.
@@ -81,29 +82,22 @@ def name_ends(axes, ends: list[tuple[float, float, str, str]], line_height: floa
     axes.figure.draw_without_rendering()  # sets the layout, hence the height
     height = axes.get_window_extent().height / axes.figure.dpi
     gap = line_height / height * (high - low)
-    ordered = sorted(ends, key=lambda end: end[1])
-    places = spread([end[1] for end in ordered], gap, low, high)
-    right = max(end[0] for end in ends)
-    for (x, y, name, colour), place in zip(ordered, places, strict=True):
-        axes.annotate(
-            name,
-            xy=(x, y),
-            xytext=(1.035, (place - low) / (high - low)),
-            textcoords="axes fraction",
-            va="center",
-            fontsize=8,
-            color=colour,
-            annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": colour,
-                "linewidth": 0.6,
-                "shrinkA": 0,
-                "shrinkB": 3,
-                "relpos": (0, 0.5),
-            },
-        )
-    axes.set_xlim(right=right + 0.02 * (right - axes.get_xlim()[0]))
+    left, right = axes.get_xlim()[0], max(end[0] for end in ends)
+    axes.set_xlim(right=right + 0.02 * (right - left))
+    for x_end in sorted({end[0] for end in ends}):
+        ordered = sorted((end for end in ends if end[0] == x_end), key=lambda end: end[1])
+        places = spread([end[1] for end in ordered], gap, low, high)
+        for (x, y, name, colour), place in zip(ordered, places, strict=True):
+            text = {"va": "center", "fontsize": 8, "color": colour, "annotation_clip": False}
+            if x < right:
+                to_left = x - left > 0.7 * (right - left)  # a name to the right would run into those beside the plot
+                card = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8}
+                beside = {"xytext": (-6 if to_left else 6, 0), "ha": "right" if to_left else "left", "bbox": card}
+                axes.annotate(name, xy=(x, place), textcoords="offset points", **beside, **text)
+                continue
+            leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
+            where = {"xytext": (1.035, (place - low) / (high - low)), "textcoords": "axes fraction"}
+            axes.annotate(name, xy=(x, y), **where, **text, arrowprops={**leader, "relpos": (0, 0.5)})
 
 
 def name_heights(count: int, least: float = 3.2) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
+from moect.monitor.reporting.names import plain
 from moect.monitor.rows import Row
 
 # Okabe and Ito's palette for the colour-blind, without its yellow, which vanishes on white; wine and black added
@@ -31,7 +32,7 @@ class Labels:
     """Labels and styles of texts, from all rows of a run, so that they are the same in each plot.
 
     Attributes:
-        replaced: by the label that plots show, the one that their font cannot.
+        replaced: by the label that plots show, the one for which it stands.
     """
 
     def __init__(self, rows: list[Row]):
@@ -40,12 +41,13 @@ class Labels:
         self._langs = list(dict.fromkeys(lang for _, lang, _ in texts))
         self._domains = list(dict.fromkeys(domain for *_, domain in texts))
         several = {lang for lang in self._langs if len({t[2] for t in texts if t[1] == lang}) > 1}
-        self._written = {(lang, domain): f"{lang} {domain}" if lang in several else lang for _, lang, domain in texts}
+        self._written = {
+            (lang, domain): plain(f"{lang} {domain}" if lang in several else lang) for _, lang, domain in texts
+        }
         self.replaced: dict[str, str] = {}
         self._shown = {}
-        for number, (text, written) in enumerate(self._written.items(), 1):
-            self._shown[text] = self._drawable(written, f"text {number}")
-        self._names: dict[str, dict[str, str]] = {}
+        for text, shown in zip(self._written, self.shown(list(self._written.values()), "text"), strict=True):
+            self._shown[text] = shown
 
     def of(self, row: Row) -> str:
         """A text's label in a plot."""
@@ -55,12 +57,12 @@ class Labels:
         """A text's label on the page: its language, and its domain where the language has several."""
         return self._written[row["lang"], row["domain"]]
 
-    def name(self, name: str, kind: str) -> str:
-        """The label of something that is no text: `kind` and a number where the font cannot write its name."""
-        names = self._names.setdefault(kind, {})
-        if name not in names:
-            names[name] = self._drawable(name, f"{kind} {len(names) + 1}")
-        return names[name]
+    def shown(self, names: list[str], kind: str) -> list[str]:
+        """Labels for names; see `labels_for`. Which stands for which is kept."""
+        labels = labels_for(names, kind)
+        pairs = zip(labels, names, strict=True)
+        self.replaced |= {label: name for label, name in pairs if label != shortened(plain(name))}
+        return labels
 
     def style(self, row: Row) -> Style:
         """A text's line: 64 languages differ in colour or marker."""
@@ -69,11 +71,17 @@ class Labels:
         marker = MARKERS[(number + number // n_colours) % n_markers]
         return Style(COLOURS[number % n_colours], marker, LINES[domain % len(LINES)])
 
-    def _drawable(self, label: str, name: str) -> str:
-        if not drawable(label):
-            self.replaced[name] = label
-            return name
-        return shortened(label)
+
+def labels_for(names: list[str], kind: str) -> list[str]:
+    """Names as plots can show them, shortened where they are long; `kind` and a number in place of one that their font
+    cannot write, or that would look like another.
+
+    Args:
+        names: one of each, in an order that stays: it gives the numbers.
+        kind: what they are names of.
+    """
+    short = [shortened(name) if drawable(name) else "" for name in map(plain, names)]
+    return [label if label and short.count(label) == 1 else f"{kind} {number}" for number, label in enumerate(short, 1)]
 
 
 def drawable(label: str) -> bool:

@@ -58,11 +58,15 @@ def plot_answers(rows: list[Row], labels: Labels, path: Path) -> Path:
 
 def plot_tasks(tasks: list[dict], labels: Labels, path: Path) -> Path:
     """Base and model on each task at one checkpoint, with two standard errors of the model's value."""
+    names, langs = (list(dict.fromkeys(t[key] for t in tasks)) for key in ("task", "lang"))
+    name_of = dict(zip(names, labels.shown(names, "task"), strict=True))
+    langs = [lang for lang in langs if any(t["lang"] == lang and lang not in t["task"] for t in tasks)]
+    lang_of = dict(zip(langs, labels.shown(langs, "language"), strict=True))
     pairs = []
     for t in tasks:
         several = sum(other["task"] == t["task"] for other in tasks) > 1
-        parts = [] if t["lang"] in t["task"] else [labels.name(t["lang"], "language")]
-        parts += [labels.name(t["task"], "task"), *([t["metric"]] if several else [])]
+        parts = [] if t["lang"] in t["task"] else [lang_of[t["lang"]]]
+        parts += [name_of[t["task"]], *([t["metric"]] if several else [])]
         error = 100 * t["stderr"] if t.get("stderr") is not None else None
         pairs.append((" ".join(parts), 100 * t["base_value"], 100 * t["value"], error))
     return _plot_pairs(pairs, "Tasks", "value of the task's measure, %", path)
