@@ -355,9 +355,7 @@ def test_a_run_that_went_back_reads_no_language_more_often_than_it_may(folder):
     files = {"little": "en", "much": "de", "new": "cy"}
     options = {
         "languages": {"en": "old", "de": "old", "cy": "new"},
-        "sources": [
-            {"path": f"{n}.jsonl", "lang": lang} for n, lang in (("little", "en"), ("much", "de"), ("new", "cy"))
-        ],
+        "sources": [{"path": f"{name}.jsonl", "lang": lang} for name, lang in files.items()],
         "replay": 0.25,
         "sampling": "unimax",
         "max_epochs": 1,
