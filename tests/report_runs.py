@@ -199,7 +199,7 @@ def _write_full_log(folder: Path, old: tuple, new: tuple) -> None:
         if step % 200 == 0:
             lines += [{"event": "checkpoint", "step": step}, {"event": "monitor", "step": step, "seconds": 21.5}]
         if step == 600:
-            why = f"{old[1]} news +1.08% (limit 1%)"
+            why = f"{old[-1]} news +1.08% (limit 1%)"
             share = {"old": 0.1, "new": 0.9}, {"old": 0.2, "new": 0.8}
             lines.append({"event": "action", "step": 400, "from": 600, "action": "rollback", "to": 400, "why": why})
             lines[-1]["replay"] = 0.2

@@ -190,7 +190,61 @@ def test_seeds_of_one_method_are_a_line_with_mean_and_standard_deviation(tmp_pat
 def test_runs_that_differ_in_more_than_the_seed_are_lines_of_their_own(tmp_path):
     runs = [make_run(tmp_path / f"moe-{n}", {4: (1.1, 2.0, 3.0)}, train={"lr": n * 1e-3}) for n in (1, 2)]
     assert [entry.name for entry in compare(runs, group="config").entries] == ["moe-1", "moe-2"]
-    assert len(compare(runs, group="name").entries) == 1
+    message = "moe-1 and moe-2 differ in more than seed and name, `train.lr` is 0.001 and 0.002; use --group config"
+    with pytest.raises(DataError, match=message):
+        compare(runs, group="name")
+
+
+def test_a_group_of_which_one_document_changed_is_not_all_identical(tmp_path):
+    runs = [make_run(tmp_path / f"moe-{seed}", {4: (1.1, 2.0, 3.0)}, seed=seed, exact=(50, 50)) for seed in range(2)]
+    identical = cells(overview(compare(runs, group="config"), True), "moe (2 runs)")["identical %"]
+    assert identical == "100.00 ± 0.00"
+    exact = {"documents": 100_000, "identical_documents": 99_999, "tokens": 1, "identical_tokens": 1}
+    replace_rows(runs[0] / "monitor", [row(4, ("en", "web"), 1.1, exact=exact)])
+    identical = cells(overview(compare(runs, group="config"), True), "moe (2 runs)")["identical %"]
+    assert identical == ">99.99 ± 0.00"
+
+
+def test_a_run_that_trained_on_without_a_measurement_is_marked(tmp_path):
+    log = [{"step": 12, "loss": 1.0}]
+    runs = [make_run(tmp_path / "one", {4: (1.1, 2.0, 3.0)}, log=log), make_run(tmp_path / "two", {4: (1.1, 2.0, 3.0)})]
+    comparison = compare(runs)
+    assert [cells(overview(comparison, True), name)["step"] for name in ("one", "two")] == ["4†", "4"]
+    assert "†: one is measured up to step 4, and trained to step 12." in render(comparison)
+    assert "two is measured" not in render(comparison)
+
+
+def test_text_that_a_rollback_undid_is_not_counted_and_that_is_said(tmp_path):
+    back = {"event": "action", "action": "rollback", "step": 4, "from": 8, "to": 4}
+    comparison = compare([make_run(tmp_path / "one", {4: (1.1, 2.0, 3.0)}, log=[back])])
+    assert cells(overview(comparison, True), "one")["tokens"] == "4.10 k"
+    assert "one: the text of 4.10 k tokens was undone by rollbacks, and is not counted." in render(comparison)
+
+
+def test_the_best_is_best_by_retention_where_nothing_new_was_measured(tmp_path):
+    run = make_run(tmp_path / "one", {4: (1.1, 2.0, 3.0)})
+    assert "best checkpoint by gain." in render(compare([run]))
+    data = {**DATA, "evaluation": DATA["evaluation"][:2]}
+    run = make_run(tmp_path / "two", {4: (1.1, 2.0, 3.0)}, data=data)
+    path = run / "monitor" / "forgetting.jsonl"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if '"cy"' not in line))
+    assert "best checkpoint by retention." in render(compare([run]))
+
+
+def test_a_run_that_measured_not_all_of_its_texts_is_marked(tmp_path):
+    data = {**DATA, "evaluation": [*DATA["evaluation"], {"path": "x.txt", "lang": "cy", "domain": "news"}]}
+    comparison = compare([make_run(tmp_path / "one", {4: (1.1, 2.0, 3.0)}, data=data)])
+    assert cells(overview(comparison, True), "one")["step"] == "4*"
+    assert "no step of this run was measured on all of its texts" in render(comparison)
+
+
+def test_null_and_zero_bits_are_compared_around(tmp_path):
+    run = make_run(tmp_path / "one", {4: (1.1, 2.0, 3.0)}, plan={"parameters": None, "memory_per_rank": {"a": None}})
+    replace_rows(run / "monitor", [row(4, ("de", "web"), 2.0, retention=None), row(4, ("en", "web"), 1.1, base=0.0)])
+    comparison = compare([run])
+    assert list(comparison.left_out) == ["en web"] and "the base needs no bits for it" in render(comparison)
+    line = cells(overview(comparison, True), "one")
+    assert line["loss %"] == "+0.00" and "retention %" not in line and "planned" not in line
 
 
 def test_tables_on_the_screen_are_no_wider_than_it(tmp_path):

@@ -102,7 +102,8 @@ def test_page_and_markdown_have_the_same_sections_figures_and_cells(full):
 def test_the_page_opens_with_the_verdict_and_what_became_of_each_language(full):
     page, text, _ = full
     opening = text.split("## ")[0]
-    assert "**Within the limits: the new languages gained" in opening and "no old one lost more than" in opening
+    assert "**Within the limits at step 1,000: the new languages gained" in opening
+    assert "no old one lost more than" in opening
     for lang in ("sw", "eu", "is", "ta", "en", "de", "zh"):
         assert re.search(rf"\b{lang} \+\d", opening)
     assert re.search(r"bit for bit: en \d+\.\d%, de \d+\.\d%, zh \d+\.\d%\.", opening)
@@ -115,7 +116,8 @@ def test_a_language_beyond_its_limit_and_the_best_checkpoint_before_it_are_named
     for step, en, cy in ((0, 1.0, 4.0), (10, 1.01, 3.0), (20, 1.05, 2.0)):
         replace_rows(run / "monitor", [row(step, "en", "old", en, 1.0), row(step, "cy", "new", cy, 4.0)])
     page, text = (path.read_text(encoding="utf-8") for path in write_report(run))
-    assert "**Beyond the limits: 1 old text has lost more than allowed; the new languages gained 50.0% on" in text
+    assert "**Beyond the limits at step 20: 1 old text has lost more than allowed; " in text
+    assert "; the new languages gained 50.0% on average.**" in text
     assert "Beyond their limits: en held-out +5.00% (limit 2%)." in text
     assert (
         "The best checkpoint within the limits is step 10, not the last: mean gain 25.0%, worst old text en +1.00%."
@@ -155,6 +157,7 @@ def test_steps_that_a_rollback_went_back_behind_are_left_out_and_the_action_is_t
     assert "| en | +10.00% |" in text and "+20.00%" not in text
     assert "| 15 | replay raised to 20.0% | en +8% |" in text
     assert "| 20 | back to step 10, replay 40.0% | en +9% |" in text
+    assert "![Training loss by step; replay at step 15; rollback at step 20.]" in text
 
 
 def test_a_checkpoint_that_was_made_again_is_not_left_out(run):
@@ -169,15 +172,6 @@ def test_a_line_that_a_crash_cut_off_is_counted_and_said(run, caplog):
     assert "2 line(s) of log.jsonl, cut off by a crash, are left out." in text
     assert "2 line(s) are not whole JSON objects" in caplog.text
     assert "Loss 5.0000 at step 1, 4.0000 at step 3." in text
-
-
-def test_the_monitors_share_of_the_time_counts_every_step_between_two_lines(run):
-    steps = [{**loss(s, 4.0), "step_seconds": 0.5} for s in (10, 20)]
-    failed = {"event": "monitor failed", "step": 20, "error": "no memory"}
-    write_log(run, *steps, {"event": "monitor", "step": 20, "seconds": 2.5}, failed)
-    text = report_of(run)
-    assert "The monitor took 20.0% of the time" in text  # 2.5 s of 20 steps of 0.5 s, and 2.5 s
-    assert "| 20 | no memory |" in text
 
 
 def test_changes_of_the_mixture_are_told(run):

@@ -15,7 +15,7 @@ from moect.monitor.measuring.exactness import wilson
 from moect.monitor.reporting.experts import load_entropy, mean_load, odd_experts
 from moect.monitor.reporting.figures import change_interval, identical, share_text, signed
 from moect.monitor.reporting.pictures.change_plots import plot_changes
-from moect.monitor.reporting.pictures.drawing import spread
+from moect.monitor.reporting.pictures.drawing import drawing, name_ends, spread
 from moect.monitor.reporting.pictures.labels import Labels, drawable
 from moect.monitor.reporting.tensorboard import write_hparams, write_images, write_scalars
 
@@ -78,6 +78,32 @@ def test_labels_are_what_the_plots_font_can_draw_and_else_a_name_with_a_number()
     assert [labels.of(r) for r in (*rows[:3], rows[4], rows[6])] == ["sw web", "text 2", "text 3", "text 4", "Ελληνικά"]
     assert labels.replaced == {"text 2": "sw খবর", "text 3": "தமிழ்", "text 4": "中文"}
     assert not drawable("two\nlines") and not drawable("") and drawable("$x$ Ñandú")
+
+
+def test_names_that_would_look_alike_when_shortened_are_told_apart_and_listed():
+    tasks = [f"a_task_with_a_name_{n}_that_is_rather_long" for n in (1, 2)]
+    tasks += ["xcopa_sw", "a_name_that_is_long_but_alone"]
+    labels = Labels([row(1, "sw", "new", 1, 1)])
+    assert labels.shown(tasks, "task") == ["task 1", "task 2", "xcopa_sw", "a_name_th…ut_alone"]
+    assert labels.replaced == {"task 1": tasks[0], "task 2": tasks[1]}
+    long = [row(1, f"language-of-the-{side}-end-of-the-world", "new", 1, 1) for side in ("northern", "southern")]
+    assert [Labels(long).of(r) for r in long] == ["text 1", "text 2"]
+
+
+def test_a_line_that_ends_early_is_named_there_and_nothing_leads_to_its_name(tmp_path):
+    with drawing() as plt:
+        figure, axes = plt.subplots()
+        axes.plot([0, 10], [0, 1])
+        axes.plot([0, 4], [0, 1])
+        name_ends(axes, [(10, 1.0, "whole", "black"), (4, 1.0, "early", "black"), (4, 0.99, "other", "black")])
+        whole, early, other = (next(t for t in axes.texts if t.get_text() == n) for n in ("whole", "early", "other"))
+        assert whole.arrow_patch is not None and early.arrow_patch is None and other.arrow_patch is None
+        figure.draw_without_rendering()
+        last = axes.transData.transform((4, 1.0))
+        boxes = early.get_window_extent(), other.get_window_extent()
+        assert 0 < boxes[0].x0 - last[0] < 30 and abs((boxes[0].y0 + boxes[0].y1) / 2 - last[1]) < 30
+        assert not boxes[0].overlaps(boxes[1])
+        plt.close(figure)
 
 
 def test_a_language_looks_the_same_in_every_domain_and_no_other_looks_like_it():

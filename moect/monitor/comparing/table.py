@@ -93,9 +93,7 @@ def definitions(comparison: Comparison, markdown: bool = False) -> str:
     best = "each run's best checkpoint" + (", within its budget," if limited else "") + f" by {words}"
     lines = ["Shown: " + ("each run's last checkpoint." if comparison.last else f"{best}.")]
     if "none whole" in shown:
-        lines.append(
-            "*: no step of this run was measured on all texts of its data.evaluation, so its last one is shown."
-        )
+        lines.append("*: no step of this run was measured on all of its texts, so its last one is shown.")
     if "none within" in shown:
         lines.append("*: no checkpoint of this run is within its budget, so its last one is shown.")
     lines += [

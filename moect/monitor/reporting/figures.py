@@ -107,6 +107,11 @@ def signed(share: float | None, digits: int = 2) -> str:
     return f"{'+' if share > 0 else MINUS}{text}%"
 
 
+def change_text(row: Row) -> str:
+    """`change` of a row in percent, in words where there is none."""
+    return signed(change(row)) or "not known"
+
+
 def share_text(share: float | None, digits: int = 1) -> str:
     """A share in percent; never rounded to all or nothing when it is not."""
     if share is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moect.monitor.reporting.figures import MINUS
-from moect.monitor.reporting.names import isolated, plain
+from moect.monitor.reporting.names import isolated
 from moect.monitor.reporting.page.content import Block, Picture, Sample, Section, Table, Text, compact
 from moect.monitor.reporting.page.measured import Measured
 from moect.monitor.reporting.pictures.plots import plot_tasks
@@ -23,8 +23,8 @@ def tasks(m: Measured) -> Section | None:
         form = _task_form(t)
         lines.append(
             [
-                plain(t["task"]),
-                plain(t["lang"]),
+                isolated(t["task"]),
+                isolated(t["lang"]),
                 _with_error(t.get("difference"), t.get("difference_stderr"), form, sign=True),
                 _with_error(t.get("base_value"), t.get("base_stderr"), form),
                 _with_error(t.get("value"), t.get("stderr"), form),

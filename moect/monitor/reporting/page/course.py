@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from moect.monitor.reporting.figures import share_text
-from moect.monitor.reporting.names import isolated, isolated_in, plain
+from moect.monitor.reporting.names import isolated, isolated_in
 from moect.monitor.reporting.page.content import Block, Code, Picture, Section, Table, Terms, Text
 from moect.monitor.reporting.pictures.plots import plot_loss
 from moect.monitor.reporting.run_files import RunFiles
@@ -45,10 +45,11 @@ def training(run: RunFiles, plots: Path) -> Section:
         said.append(f"The monitor took {share_text(share)} of the time of training and measuring.")
     marks = [(_at(e), str(e.get("action"))) for e in run.log.events("action")]
     path = plot_loss(losses, marks, plots / "loss.png")
-    blocks: list[Block] = [Text(" ".join(said)), Picture(path, "Training loss by step.")]
+    alt = "Training loss by step" + "".join(f"; {word} at step {step:,}" for step, word in marks) + "."
+    blocks: list[Block] = [Text(" ".join(said)), Picture(path, alt)]
     if seen := last.get("tokens_seen"):
         total = sum(seen.values()) or 1
-        lines = [[plain(lang), f"{tokens:,}", share_text(tokens / total)] for lang, tokens in seen.items()]
+        lines = [[isolated(lang), f"{tokens:,}", share_text(tokens / total)] for lang, tokens in seen.items()]
         head = "tokens drawn, undone ones too" if run.log.steps_undone else "tokens seen"
         blocks.append(Table(["language", head, "share"], lines))
     if run.log.cut:
@@ -64,7 +65,7 @@ def mixture(run: RunFiles) -> Section | None:
         for key in dict.fromkeys((*before, *now)):
             old, new = before.get(key), now.get(key)
             if old != new:
-                lines.append([f"{event['step']:,}", plain(key), share_text(old, 2), share_text(new, 2)])
+                lines.append([f"{event['step']:,}", isolated(key), share_text(old, 2), share_text(new, 2)])
     if not lines:
         return None
     return Section(

@@ -9,8 +9,8 @@ from moect.monitor.reporting.figures import (
     MINUS,
     at_step,
     between,
-    change,
     change_interval,
+    change_text,
     changes,
     identical,
     mean,
@@ -18,7 +18,7 @@ from moect.monitor.reporting.figures import (
     share_text,
     signed,
 )
-from moect.monitor.reporting.names import isolated, plain
+from moect.monitor.reporting.names import isolated
 from moect.monitor.reporting.page.content import Block, Picture, Section, Table, Text, compact
 from moect.monitor.reporting.pictures.change_plots import Limits, plot_changes, plot_curves, plot_pareto
 from moect.monitor.reporting.pictures.labels import Labels
@@ -38,6 +38,7 @@ class Measured:
         labels: of its texts.
         plots: the folder that takes the pictures.
         last: rows of the last measured step.
+        course: rows of all steps on which a text was measured as it was the last time; what curves are made of.
         verdict: on them.
         verdicts: on each step that can be compared with the others.
         best: verdict on the best checkpoint, if any is within the limits.
@@ -48,6 +49,7 @@ class Measured:
     labels: Labels
     plots: Path
     last: list[Row]
+    course: list[Row]
     verdict: Verdict
     verdicts: list[Verdict]
     best: Verdict | None
@@ -61,18 +63,20 @@ def measured(run: RunFiles, plots: Path) -> Measured | None:
     last = at_step(run.rows, run.rows[-1]["step"])
     last = role(last, "old") + role(last, "new")
     limits = {}
-    for row in role(last, "old") if run.config.model.base else []:
+    for row in role(run.rows, "old") if run.config.model.base else []:
         limit, base_bits = limit_of(run.config.monitor, row["lang"]), row["base_bits_per_byte"]
         if limit is not None and base_bits:
             limits[row["lang"], row["domain"]] = limit.bits(base_bits) / base_bits
     found = verdicts(run.rows, run.config), best(run.rows, run.config)
-    return Measured(run, Labels(run.rows), plots, last, judge(last, run.config), *found, limits)
+    now = {(row["lang"], row["domain"]): row.get("key") for row in run.rows}  # by ascending step: the last one stays
+    course = [row for row in run.rows if now[row["lang"], row["domain"]] == row.get("key")]
+    return Measured(run, Labels(run.rows), plots, last, course, judge(last, run.config), *found, limits)
 
 
 def languages(m: Measured) -> Section:
     """What became of each text at the last checkpoint, and at the best where that is another."""
     path = plot_changes(m.last, m.limits, m.labels, m.plots / "last.png")
-    summary = "; ".join(f"{isolated(m.labels.of(row))} {signed(change(row)) or 'not known'}" for row in m.last)
+    summary = "; ".join(f"{isolated(m.labels.of(row))} {change_text(row)}" for row in m.last)
     alt = f"Bars of what each text lost or gained at step {m.verdict.step:,}: {summary}."
     blocks: list[Block] = [*_tables(m, m.last), Picture(path, alt, _how_bars_read(m))]
     if m.best and m.best.step != m.verdict.step:
@@ -91,7 +95,7 @@ def checkpoints(m: Measured) -> Section | None:
     """How it came to this: curves, gain against forgetting, a line a checkpoint."""
     if len(m.verdicts) < 2:
         return None
-    path = plot_curves(m.run.rows, m.limits, m.labels, m.plots / "forgetting.png")
+    path = plot_curves(m.course, m.limits, m.labels, m.plots / "forgetting.png")
     dashed = " A limit that is far above the curves is not drawn." if m.limits else ""
     blocks: list[Block] = [
         Picture(
@@ -130,7 +134,11 @@ def checkpoints(m: Measured) -> Section | None:
         alt = "Mean gain of the new languages against what the old ones lost, a point a checkpoint."
         blocks.append(Picture(path, alt, "Up is learned, right is forgotten; the numbers are steps."))
     heads = ["step", "mean gain", "mean forgotten", "worst forgotten", "old documents identical", "limits"]
-    return Section("checkpoints", "Checkpoints", [*blocks, compact(Table(heads, lines, 1, marked))])
+    blocks.append(compact(Table(heads, lines, 1, marked)))
+    if others := sorted({row["step"] for row in m.run.rows} - {verdict.step for verdict in m.verdicts}):
+        steps = ", ".join(f"{step:,}" for step in others)
+        blocks.append(Text(f"Not in the table, as they were not measured on the same texts in the same way: {steps}."))
+    return Section("checkpoints", "Checkpoints", blocks)
 
 
 def apart(run: RunFiles) -> Section | None:
@@ -143,18 +151,18 @@ def apart(run: RunFiles) -> Section | None:
         lines.append(
             [
                 f"{row['step']:,}",
-                plain(row["lang"]),
+                isolated(row["lang"]),
                 row["role"],
-                plain(row["domain"]),
+                isolated(row["domain"]),
                 f"{row['documents']:,}" if row.get("documents") is not None else "",
                 f"{row['base_bits_per_byte']:.4f}",
                 f"{row['bits_per_byte']:.4f}",
-                signed(change(row)),
+                change_text(row),
                 share_text(same.share) if same else "",
             ]
         )
     told = (
-        "Measured by `moect evaluate` on other texts, or with other settings, than in training: bits per byte, with "
+        "Measured by moect evaluate on other texts, or with other settings, than in training: bits per byte, with "
         "what an old language lost and a new one gained. It takes part in no verdict, no curve and no comparison."
     )
     heads = ["step", "language", "role", "domain", "documents", "base", "model", "change", "documents identical"]
@@ -190,7 +198,7 @@ def exactness(m: Measured) -> Section | None:
         )
     heads = ["text", "role", "documents identical", "95% interval", "of documents", "tokens identical", "of tokens"]
     heads += ["same first choice", "KL, bits a token", "greatest difference"]
-    path = plot_exactness(m.run.rows, m.verdict.step, m.labels, m.plots / "exactness.png")
+    path = plot_exactness(m.course, m.verdict.step, m.labels, m.plots / "exactness.png")
     alt = "Share of documents whose logits are the base's bit for bit, by step and by length of the document."
     caption = ""
     if m.run.config.method == "moe-ct" and m.run.config.moe.language_gate:
@@ -217,7 +225,7 @@ def names(m: Measured) -> Section | None:
         "The font of the plots lacks characters of some names, and some would look alike where they are shortened. "
         "Others stand for them there."
     )
-    lines = [[shown, plain(name)] for shown, name in m.labels.replaced.items()]
+    lines = [[shown, isolated(name)] for shown, name in m.labels.replaced.items()]
     return Section("names", "Names in the plots", [told, Table(["in plots", "is"], lines, 2)])
 
 
@@ -234,7 +242,7 @@ def _tables(m: Measured, rows: list[Row]) -> list[Table]:
             lines.append(
                 [
                     m.labels.written(row),
-                    signed(change(row)),
+                    change_text(row),
                     share_text(same.share) if same and name == "old" else "",
                     "" if limit is None else f"{100 * limit:.3g}%",
                     between(change_interval(row)),

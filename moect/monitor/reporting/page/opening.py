@@ -9,6 +9,7 @@ from moect.monitor.reporting.figures import (
     between,
     bound_text,
     change,
+    change_text,
     identical,
     role,
     share_text,
@@ -23,7 +24,6 @@ from moect.monitor.reporting.run_files import RunFiles
 from moect.monitor.rows import Row
 
 MOST_NAMED = 10  # languages, or texts beyond their limits
-UNKNOWN = "not known"
 
 
 def opening(run: RunFiles, m: Measured | None) -> tuple[str, Tone, list[Block]]:
@@ -54,7 +54,7 @@ def _verdict(m: Measured) -> str:
         gained = f"the new languages got {share_text(-m.verdict.gain)} worse on average"
     lost = ""
     if (furthest := worst(m.last)) is not None:
-        most, name = change(furthest), isolated(m.labels.written(furthest))
+        most, name = change(furthest), m.labels.written(furthest)
         lost = "no old one lost anything"
         if most is None:
             lost = f"what {name} lost is no share of the base's bits, because the base needs none"
@@ -97,7 +97,7 @@ def _best_words(m: Measured) -> str:
     furthest = worst(at_step(m.run.rows, m.best.step))
     parts = [] if m.best.gain is None else [f"mean gain {share_text(m.best.gain)}"]
     if furthest is not None:
-        parts.append(f"worst old text {isolated(m.labels.written(furthest))} {signed(change(furthest)) or UNKNOWN}")
+        parts.append(f"worst old text {m.labels.written(furthest)} {change_text(furthest)}")
     within = " within the limits" if m.limits else ""
     return f"The best checkpoint{within} is step {m.best.step:,}, not the last: {', '.join(parts)}."
 
@@ -109,10 +109,9 @@ def _by_language(rows: list[Row]) -> str:
         texts.setdefault(row["lang"], []).append(row)
     return _shortened(
         [
-            f"{isolated(lang)} {signed(change(members[0])) or UNKNOWN}"
+            f"{isolated(lang)} {change_text(members[0])}"
             if len(members) == 1
-            else f"{isolated(lang)} "
-            + " and ".join(f"{signed(change(r)) or UNKNOWN} ({isolated(r['domain'])})" for r in members)
+            else f"{isolated(lang)} " + " and ".join(f"{change_text(r)} ({isolated(r['domain'])})" for r in members)
             for lang, members in texts.items()
         ]
     )
@@ -136,9 +135,9 @@ def _worst(m: Measured) -> Figure | None:
         return None
     limit = m.limits.get((row["lang"], row["domain"]))
     beyond = any((e.lang, e.domain) == (row["lang"], row["domain"]) for e in m.verdict.excess)
-    note = isolated(m.labels.written(row)) + (", no limit set" if limit is None else f", limit {100 * limit:.3g}%")
+    note = m.labels.written(row) + (", no limit set" if limit is None else f", limit {100 * limit:.3g}%")
     tone: Tone = "plain" if limit is None else "bad" if beyond or m.verdict.excess else "good"
-    return Figure("most forgotten", signed(change(row)) or UNKNOWN, note, tone)
+    return Figure("most forgotten", change_text(row), note, tone)
 
 
 def _same(rows: list[Row]) -> Figure | None:
@@ -153,6 +152,8 @@ def _same(rows: list[Row]) -> Figure | None:
 def _best(m: Measured) -> Figure:
     count = _can_be_best(m)
     of = f"of {count} measured" if count != 1 else "the only one measured"
+    if count < len({row["step"] for row in m.run.rows if row["step"] > 0}):
+        of += " on all texts"
     if not count:
         return Figure("best checkpoint", "none", "none was measured on all texts of data.evaluation")
     if m.best is None:

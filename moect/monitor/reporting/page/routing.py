@@ -82,8 +82,8 @@ def _gate_table(m: Measured) -> Table:
 
 
 def _open_curves(m: Measured) -> list[Block]:
-    if len({row["step"] for row in m.run.rows}) < 2:
+    if len({row["step"] for row in m.course}) < 2:
         return []
-    path = plot_open(m.run.rows, m.labels, m.plots / "open.png")
+    path = plot_open(m.course, m.labels, m.plots / "open.png")
     alt = "Share of each text's tokens that the language gate lets through, by step."
     return [Picture(path, alt, "Old languages belong at the bottom, new ones at the top.")]

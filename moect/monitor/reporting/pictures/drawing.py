@@ -76,6 +76,8 @@ def name_ends(axes, ends: list[tuple[float, float, str, str]], line_height: floa
         ends: (x, y, name, colour) of each line's last point.
         line_height: of a name, in inches.
     """
+    from matplotlib.patheffects import withStroke
+
     if not ends:
         return
     low, high = axes.get_ylim()
@@ -91,9 +93,9 @@ def name_ends(axes, ends: list[tuple[float, float, str, str]], line_height: floa
             text = {"va": "center", "fontsize": 8, "color": colour, "annotation_clip": False}
             if x < right:
                 to_left = x - left > 0.7 * (right - left)  # a name to the right would run into those beside the plot
-                card = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8}
-                beside = {"xytext": (-6 if to_left else 6, 0), "ha": "right" if to_left else "left", "bbox": card}
-                axes.annotate(name, xy=(x, place), textcoords="offset points", **beside, **text)
+                beside = {"xytext": (-6 if to_left else 6, 0), "ha": "right" if to_left else "left"}
+                halo = [withStroke(linewidth=2, foreground="white", alpha=0.8)]
+                axes.annotate(name, xy=(x, place), textcoords="offset points", path_effects=halo, **beside, **text)
                 continue
             leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
             where = {"xytext": (1.035, (place - low) / (high - low)), "textcoords": "axes fraction"}

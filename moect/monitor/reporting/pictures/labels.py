@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from moect.monitor.reporting.names import plain
+from moect.monitor.reporting.names import isolated, plain
 from moect.monitor.rows import Row
 
 # Okabe and Ito's palette for the colour-blind, without its yellow, which vanishes on white; wine and black added
@@ -41,20 +41,18 @@ class Labels:
         self._langs = list(dict.fromkeys(lang for _, lang, _ in texts))
         self._domains = list(dict.fromkeys(domain for *_, domain in texts))
         several = {lang for lang in self._langs if len({t[2] for t in texts if t[1] == lang}) > 1}
-        self._written = {
-            (lang, domain): plain(f"{lang} {domain}" if lang in several else lang) for _, lang, domain in texts
-        }
+        parts = {(lang, domain): (lang, domain) if lang in several else (lang,) for _, lang, domain in texts}
+        self._written = {text: " ".join(map(isolated, names)) for text, names in parts.items()}
         self.replaced: dict[str, str] = {}
-        self._shown = {}
-        for text, shown in zip(self._written, self.shown(list(self._written.values()), "text"), strict=True):
-            self._shown[text] = shown
+        shown = self.shown([plain(" ".join(names)) for names in parts.values()], "text")
+        self._shown = dict(zip(parts, shown, strict=True))
 
     def of(self, row: Row) -> str:
         """A text's label in a plot."""
         return self._shown[row["lang"], row["domain"]]
 
     def written(self, row: Row) -> str:
-        """A text's label on the page: its language, and its domain where the language has several."""
+        """A text's label on the page, in sentences too: its language, and its domain where the language has several."""
         return self._written[row["lang"], row["domain"]]
 
     def shown(self, names: list[str], kind: str) -> list[str]:
