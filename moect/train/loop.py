@@ -167,7 +167,7 @@ class Run:
         done = self.step == train.steps
         self.log.write(event="end" if done else "stop", step=self.step)
         if self.watch and self.main:
-            self.watch.tell_cost(meter.total)
+            self.watch.tell_cost(self.folder)
         how = "finished" if done else "stopped as asked; go on with resume=auto"
         self._say(f"\n{self.folder}: {how} at step {self.step}")
 

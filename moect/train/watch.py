@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -18,11 +19,11 @@ from moect.model.build import base_view
 from moect.monitor.forgetting import ForgettingMonitor
 from moect.monitor.measuring.base import base_of
 from moect.monitor.measuring.cost import USUAL_SHARE
+from moect.monitor.reporting.run_files import read_entries
 from moect.monitor.reporting.table import render_table
 from moect.monitor.reporting.tensorboard import write_scalars
 from moect.monitor.rows import Row, drop_rows_after
 from moect.train.folder import RunLog
-from moect.train.meters import duration
 
 log = logging.getLogger("moect.monitor")
 
@@ -35,14 +36,10 @@ class Watch:
         config: the run's.
         run_log: told how long it took, and what failed.
         writer: TensorBoard's; None on other ranks than the main one.
-
-    Attributes:
-        seconds: that measuring has taken.
     """
 
     def __init__(self, monitor: ForgettingMonitor, config: RunConfig, run_log: RunLog, writer):
         self.monitor, self.config, self.log, self.writer = monitor, config, run_log, writer
-        self.seconds = 0.0
 
     def measure_base(self, model: nn.Module) -> None:
         """Measure the base, unless that was done before.
@@ -66,19 +63,18 @@ class Watch:
         """
         return self._guarded(step, lambda: self._measure(model, step, again))
 
-    def tell_cost(self, seconds: float) -> None:
-        """Say what share of a run's time went into measuring.
-
-        Args:
-            seconds: that its steps took.
-        """
-        share = self.seconds / (self.seconds + seconds)
+    def tell_cost(self, run_folder: Path) -> None:
+        """Say what share of its time the run has measured so far, as its report says it."""
+        try:
+            share = read_entries(run_folder / "log.jsonl").monitor_share
+        except (MoectError, OSError) as error:
+            log.warning("the monitor's share of the time is not known: %s", error)
+            return
         remedy = ""
-        if share > USUAL_SHARE:
-            remedy = (
-                "; less with a `limit` in data.evaluation, a smaller monitor.compare, or a greater train.save_every"
-            )
-        print(f"the monitor took {duration(self.seconds)}, {share:.1%} of the time{remedy}", flush=True)
+        if share is not None and share > USUAL_SHARE:
+            remedy = "; less with a `limit` in data.evaluation, a lower monitor.compare or a higher train.save_every"
+        if share is not None:
+            print(f"the monitor took {share:.1%} of the time of the run{remedy}", flush=True)
 
     def _measure(self, model: nn.Module, step: int, again: bool) -> list[Row]:
         monitor = self.monitor
@@ -124,9 +120,7 @@ class Watch:
             self._log(event="monitor failed", step=step, error=repr(error), traceback=traceback.format_exc())
             return None
         finally:
-            took = time.perf_counter() - start
-            self.seconds += took
-            self._log(event="monitor", step=step, seconds=round(took, 3))
+            self._log(event="monitor", step=step, seconds=round(time.perf_counter() - start, 3))
 
     def _log(self, **values) -> None:
         try:
