@@ -133,7 +133,7 @@ def test_captions_speak_of_a_gate_only_where_there_is_one(tmp_path):
     measure(gated, row(5, "en", "old", 1.0, 1.0, open_share=0.5, **routed))
     text = report_of(gated)
     assert "Texts weigh by their bytes and by the share of their tokens that reach the experts." in text
-    assert "Long documents have more tokens that could pass the gate" in text
+    assert "A longer document has more tokens that could pass the gate" in text
     fused = make_run(tmp_path / "fused", moe={"fusion": "gate", "language_gate": False})
     measure(fused, row(5, "en", "old", 1.0, 1.0, tokens=9, **routed))
     text = report_of(fused)

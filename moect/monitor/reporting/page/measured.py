@@ -202,7 +202,7 @@ def exactness(m: Measured) -> Section | None:
     alt = "Share of documents whose logits are the base's bit for bit, by step and by length of the document."
     caption = ""
     if m.run.config.method == "moe-ct" and m.run.config.moe.language_gate:
-        caption = "Long documents have more tokens that could pass the gate, so fewer of them are identical as a whole."
+        caption = "A longer document has more tokens that could pass the gate."
     return Section(
         "exactness",
         "Bit-identical to the base",
