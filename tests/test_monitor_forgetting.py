@@ -68,7 +68,7 @@ def test_rows_hold_what_the_scores_say(make_monitor, tokenizer, tmp_path):
     measure_base(monitor, model)
     disturb(model)
     rows = monitor.measure(model, step=7)
-    common = ["step", "lang", "role", "domain", "bits_per_byte", "base_bits_per_byte", "delta"]
+    common = ["step", "lang", "role", "domain", "key", "bits_per_byte", "base_bits_per_byte", "delta"]
     bounds = lambda *names: [f"{name}_{end}" for name in names for end in ("low", "high")]  # noqa: E731
     common += ["bytes", "tokens", "documents", *bounds("bits_per_byte", "delta")]
     module = ["expert_load", "blocks", "load_entropy", "router_entropy", "gate", "gate_by_block"]

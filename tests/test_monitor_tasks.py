@@ -262,7 +262,7 @@ def test_two_ranks_give_what_one_gives_and_do_not_wait_for_one_that_fails(place,
         assert [TaskResult(**r) for r in values["divided"]] == measured
         assert [TaskResult(**r) for r in values["few"]] == few and few[0].questions == 1
     assert ranks[0]["divided calls"] == ranks[1]["divided calls"] > ranks[0]["shared calls"]
-    assert ranks[0]["failure"].startswith("TrainingError: monitor.tasks failed on rank 1: TypeError")
+    assert ranks[0]["failure"].startswith("TrainingError: rank 1: TypeError")
     assert ranks[1]["failure"].startswith("TypeError")
 
 

@@ -28,6 +28,7 @@ from moect.model.append import is_appended
 from moect.model.build import DTYPES, base_fingerprint, build_model, merge_lora
 from moect.model.embeddings import rows_of
 from moect.monitor.rows import read_rows
+from moect.monitor.verdict import verdicts
 from moect.train.best import best_checkpoint
 from moect.train.checkpoint import find_checkpoint, list_checkpoints, load_module, read_info, step_of
 from moect.train.resume import check_same_run
@@ -77,7 +78,7 @@ def export_run(
 def choose_checkpoint(run_folder: Path, config: RunConfig, name: str | None = None) -> Path:
     """The named checkpoint of a run, or the best undamaged one within its budget (`moect.monitor.verdict.best`).
 
-    Where no checkpoint was measured, or the run's base was made from scratch and there is nothing to hold it against,
+    Where no checkpoint was measured on all texts, or the run's base was made from scratch and there is nothing to hold it against,
     that is the newest undamaged one.
 
     Raises:
@@ -87,7 +88,7 @@ def choose_checkpoint(run_folder: Path, config: RunConfig, name: str | None = No
     newest = find_checkpoint(run_folder, name)
     if name is not None or config.model.base is None:
         return newest
-    measured = {row["step"] for row in read_rows(run_folder / "monitor")}
+    measured = {verdict.step for verdict in verdicts(read_rows(run_folder / "monitor"), config)}
     there = [path for path in list_checkpoints(run_folder / "checkpoints") if step_of(path) in measured]
     if not there:
         if config.monitor.max_forgetting:
