@@ -110,6 +110,8 @@ def check_monitor(monitor: MonitorConfig, data: DataConfig) -> None:
 def _check_task(task: TaskConfig, where: str, data: DataConfig) -> None:
     if not task.task:
         raise ValueError(f"{where} needs `task`")
+    if not task.lang:
+        raise ValueError(f"{where} needs `lang`")
     if task.lang not in data.languages:
         raise ValueError(f"{where}: language `{task.lang}` has no role; add it to `data.languages`")
     for name, least in (("shots", 0), ("limit", 1)):

@@ -431,3 +431,12 @@ def test_answers_are_compared_as_in_squad():
     assert compared("Paris", "London", "paris") == (1.0, 1.0)
     assert compared("", "x") == compared("x", "y") == (0.0, 0.0)
     assert compared("the", "a") == (1.0, 1.0)
+
+
+def test_the_table_of_tasks_has_base_model_and_paired_difference():
+    from moect.monitor.reporting.table import render_tasks
+
+    base = TaskResult("t", "cy", "acc", 0.5, 0.25, [1.0, 0.0], 2)
+    now = TaskResult("t", "cy", "acc", 1.0, None, [1.0, 1.0], 2)
+    (line,) = render_tasks(task_rows(3, {"cy": "new"}, [base], [now])).splitlines()[2:]
+    assert line.split("  ")[-3:] == ["0.500 ± 0.250", "1.000", "+0.500 ± 0.500"]

@@ -11,7 +11,7 @@ import pytest
 from small_runs import Place, assert_same_bits, checkpoint, events, figures, launch, tensors
 
 from moect.config import load_config
-from moect.errors import ExportError, ForgettingError
+from moect.errors import DataError, ExportError, ForgettingError
 from moect.evaluate import evaluate_run
 from moect.export.merged import choose_checkpoint, export_run
 from moect.monitor.rows import read_rows
@@ -434,14 +434,27 @@ def test_a_monitor_that_fails_on_one_rank_does_not_end_the_run_or_change_its_bit
         assert_same_bits(run, free, 8)
 
 
-def test_a_damaged_file_of_measurements_ends_no_run(place, caplog):
+def test_a_damaged_file_of_measurements_ends_no_run_but_one_with_a_budget_does_not_start(place, caplog):
     parts = sections()
     train(place.config(**{**parts, "train": {**parts["train"], "stop_after": 4}}))
     path = place.output / "run" / "monitor" / "forgetting.jsonl"
     path.write_text(path.read_text() + "{\n")
+    limited = sections(max_forgetting=LIMIT, action="stop")
+    with pytest.raises(DataError, match=r"forgetting.jsonl:\d+: not a row of the monitor; remove the line"):
+        train(place.config(**limited, resume="auto"))
+    with pytest.raises(DataError, match="not a row of the monitor; remove the line"):
+        evaluate_run(place.output / "run", "step-4")
     with caplog.at_level(logging.WARNING, "moect"):
         run = train(place.config(**parts, resume="auto"))
-    assert (
-        "the monitor failed at step 8, and the run goes on" in caplog.text and "not a row of the monitor" in caplog.text
-    )
+    assert "the monitor failed at step 8, and the run goes on" in caplog.text
+    assert "not a row of the monitor" in caplog.text
     assert checkpoint(run, 8).is_dir()
+
+
+def test_at_the_last_step_there_is_no_replay_to_raise(place, caplog):
+    parts = sections(max_forgetting=0.0, action="replay")
+    parts["train"] |= {"steps": 4}
+    with caplog.at_level(logging.WARNING, "moect"):
+        run = train(place.config(**parts))
+    assert "step 4: beyond monitor.max_forgetting" in caplog.text
+    assert [line["step"] for line in of_kind(run, "action")] == [2]

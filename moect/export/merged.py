@@ -78,8 +78,8 @@ def export_run(
 def choose_checkpoint(run_folder: Path, config: RunConfig, name: str | None = None) -> Path:
     """The named checkpoint of a run, or the best undamaged one within its budget (`moect.monitor.verdict.best`).
 
-    Where no checkpoint was measured on all texts, or the run's base was made from scratch and there is nothing to hold it against,
-    that is the newest undamaged one.
+    Where no checkpoint was measured on all texts, or the run's base was made from scratch and there is nothing to hold
+    it against, that is the newest undamaged one.
 
     Raises:
         ExportError: checkpoints were measured, and none that is undamaged is within `monitor.max_forgetting`.

@@ -55,7 +55,7 @@ class ForgettingMonitor:
 
     Raises:
         ConfigError: two texts of one language and domain, a stride longer than the window, or an unknown task.
-        DataError: a text of which no byte can be scored.
+        DataError: a text of which no byte can be scored, or damaged measurements that a budget rests on.
     """
 
     def __init__(
@@ -91,6 +91,8 @@ class ForgettingMonitor:
         monitor = config.monitor
         self.prompts = make_prompts(texts, self.base_tokenizer, monitor.samples, monitor.sample_tokens, self.window)
         self.tasks = Tasks(config, tokenizer, base_tokenizer) if monitor.tasks else None
+        if apart or monitor.max_forgetting:
+            read_rows(self.folder)  # what is there will be judged, or added to: damage is found before hours are spent
         self.key = self._key(base_key)
         self.row_keys = [self._row_key(base_key, index) for index in range(len(texts))]
         self._base_files = (self.folder / "base.json",)
@@ -101,7 +103,7 @@ class ForgettingMonitor:
     def has_base(self) -> bool:
         """Whether the base was measured, now or in an earlier run, under the same conditions."""
         if self.base is None:
-            self.base = on_main(lambda: read_base(self.key, self._base_files))
+            self.base = on_main(lambda: read_base(self.key, self._base_files, tell=not self.apart))
             if self.base:  # whichever file it was in
                 self._keep_base()
         return self.base is not None

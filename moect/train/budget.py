@@ -72,7 +72,7 @@ def act(run: Course, rows: list[Row]) -> None:
         return
     why = "; ".join(str(e) for e in verdict.excess)
     action = run.config.monitor.action
-    if action == "replay":
+    if action == "replay" and run.step < run.config.train.steps:
         _raise_replay(run, why)
     elif action == "rollback":
         _roll_back(run, why)

@@ -20,9 +20,9 @@ from moect.monitor.forgetting import ForgettingMonitor
 from moect.monitor.measuring.base import base_of
 from moect.monitor.measuring.cost import USUAL_SHARE
 from moect.monitor.reporting.run_files import read_entries
-from moect.monitor.reporting.table import render_table
+from moect.monitor.reporting.table import render_table, render_tasks
 from moect.monitor.reporting.tensorboard import write_scalars
-from moect.monitor.rows import Row, drop_rows_after
+from moect.monitor.rows import TASKS, Row, drop_rows_after, read_rows
 from moect.train.folder import RunLog
 
 log = logging.getLogger("moect.monitor")
@@ -102,6 +102,8 @@ class Watch:
             return
         try:
             print(f"\n{render_table(rows)}\n", flush=True)
+            if tasks := [row for row in read_rows(self.monitor.folder, TASKS) if row["step"] == step]:
+                print(f"{render_tasks(tasks)}\n", flush=True)
             write_scalars(self.writer, rows, step)
         except Exception as error:
             log.warning("step %d was measured, but could not be shown: %s: %s", step, type(error).__name__, error)

@@ -68,7 +68,7 @@ class BaseResults:
     samples: list[str] = field(default_factory=list)
 
 
-def read_base(key: str, paths: tuple[Path, ...]) -> BaseResults | None:
+def read_base(key: str, paths: tuple[Path, ...], tell: bool = True) -> BaseResults | None:
     """The results kept under this key in the first of the files that has them; None: they must be measured."""
     faults = []
     for path in filter(Path.exists, paths):
@@ -84,7 +84,7 @@ def read_base(key: str, paths: tuple[Path, ...]) -> BaseResults | None:
         except (OSError, ValueError, TypeError, KeyError):
             why = "damaged"
         faults.append((path, why))
-    for fault in faults:
+    for fault in faults if tell else ():
         log.warning("%s: is %s; the base is measured again", *fault)
     return None
 

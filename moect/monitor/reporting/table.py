@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moect.monitor.reporting.figures import share_text
 from moect.monitor.rows import Row
+from moect.tables import aligned
 
 # heading, is it left-aligned
 COLUMNS = {
@@ -49,6 +50,26 @@ def render_table(rows: list[Row]) -> str:
     title = f"step {rows[0]['step']}: bits per byte on held-out text, base and model"
     title += "; documents (tokens) with the base's logits" if "identical" in used else ""
     return "\n".join([title, heading, rule, *aligned])
+
+
+def render_tasks(rows: list[Row]) -> str:
+    """An aligned table of the tasks of one step: base, model, and their difference question by question, each with its
+    standard error.
+
+    Args:
+        rows: of tasks.jsonl, at least one.
+    """
+
+    def with_error(row: Row, name: str, form: str) -> str:
+        error = row.get({"value": "stderr", "base_value": "base_stderr"}.get(name, f"{name}_stderr"))
+        return format(row[name], form) + ("" if error is None else f" ± {error:.3f}")
+
+    lines = [
+        [row["task"], row["lang"], row["metric"], str(row["questions"])]
+        + [with_error(row, "base_value", ".3f"), with_error(row, "value", ".3f"), with_error(row, "difference", "+.3f")]
+        for row in rows
+    ]
+    return aligned(["task", "language", "metric", "questions", "base", "model", "difference"], lines, left=3)
 
 
 def percent(share: float | None, digits: int = 1) -> str:

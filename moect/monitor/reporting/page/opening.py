@@ -125,8 +125,8 @@ def _shortened(parts: list[str]) -> str:
 def _gain(m: Measured, rows: list[Row]) -> Figure | None:
     if m.verdict.gain is None:
         return None
-    langs = len({row["lang"] for row in rows})
-    note = f"mean over {langs} new language{'s' * (langs != 1)}, fewer bits per byte"
+    texts = len(rows)
+    note = f"mean over {texts} new text{'s' * (texts != 1)}, fewer bits per byte"
     return Figure("gained", signed(m.verdict.gain, 1), note, "good" if m.verdict.gain > 0 else "bad")
 
 
