@@ -23,7 +23,7 @@ METHODS = {
 }
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=["moe-ct", "full", pytest.param("lora", marks=pytest.mark.slow)])
 def run(request, inputs, tmp_path_factory):
     from small_runs import Place
 

@@ -122,6 +122,7 @@ def test_replay_that_was_raised_is_raised_again_by_a_run_that_was_killed_after_i
     assert read_rows(run / "monitor") == read_rows(whole / "monitor")
 
 
+@pytest.mark.slow  # the loader's own tests cover it in milliseconds
 def test_checkpoints_made_after_replay_was_raised_keep_it(place):
     parts = sections(max_forgetting=LIMIT, action="replay")
     train(place.config(**{**parts, "train": {**parts["train"], "stop_after": 5}}))
@@ -129,6 +130,7 @@ def test_checkpoints_made_after_replay_was_raised_keep_it(place):
     assert min(figures(run)[step]["old_share"] for step in (6, 7, 8)) > 0.2  # raised at 4, and 5 was saved with it
 
 
+@pytest.mark.slow  # the loader's own tests cover it in milliseconds
 def test_a_configuration_with_another_replay_wins_over_one_that_was_raised(place):
     monitor = {"max_forgetting": LIMIT, "action": "replay"}
     parts = sections(**monitor)
@@ -153,6 +155,7 @@ def test_going_back_takes_the_best_checkpoint_and_lets_the_text_go_on(place, fre
     assert position["rollbacks"] == 1 + len(more)
 
 
+@pytest.mark.slow
 def test_the_checkpoint_gone_back_to_has_its_weights_and_the_position_of_now(place, free):
     run = train(place.config(**sections(max_forgetting=LIMIT, action="rollback"), resume="auto"))
     mine, theirs = tensors(run, 2, "module", "optimizer"), tensors(free, 2, "module", "optimizer")
@@ -322,6 +325,7 @@ def test_a_text_that_was_measured_at_one_checkpoint_alone_does_not_decide_which_
     assert choose_checkpoint(run, config).name == best
 
 
+@pytest.mark.slow
 def test_after_so_many_times_back_the_run_ends(place):
     monitor = {"max_forgetting": LIMIT, "action": "rollback", "max_rollbacks": 1, "max_replay": 0.126}
     with pytest.raises(ForgettingError, match="went back 1 times, as often as monitor.max_rollbacks allows"):
@@ -417,7 +421,7 @@ process(["train", *sys.argv[1:]])
 """
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_monitor_that_fails_on_one_rank_does_not_end_the_run_or_change_its_bits(place, free, ranks, monkeypatch):
     config = place.config(**sections())
     script = place.output / "failing.py"
