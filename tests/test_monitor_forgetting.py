@@ -192,12 +192,13 @@ def test_a_row_takes_the_place_of_an_earlier_one_of_the_same_step_and_text(make_
     ]
 
 
-def test_a_damaged_row_is_an_error_that_names_its_line(make_monitor, tmp_path):
+@pytest.mark.parametrize("line", ['{"step": 1', '{"step": "six", "lang": "en", "domain": "held-out"}'])
+def test_a_damaged_row_is_an_error_that_names_its_line(make_monitor, tmp_path, line):
     model, monitor = make_model(), make_monitor()
     measure_base(monitor, model)
     monitor.measure(model, step=0)
     with (tmp_path / "monitor" / "forgetting.jsonl").open("a") as file:
-        file.write('{"step": 1')
+        file.write(line)
     with pytest.raises(DataError, match=r"forgetting.jsonl:4: not a row of the monitor"):
         monitor.measure(model, step=1)
 

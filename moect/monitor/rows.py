@@ -65,6 +65,8 @@ def read_rows(folder: Path, name: str = FILE_NAME) -> list[Row]:
         try:
             row = json.loads(line)
             _key(row, name)
+            if not isinstance(row["step"], int):
+                raise TypeError("a step is a number")
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{path}:{number}: not a row of the monitor; remove the line") from error
         rows.append(row)

@@ -97,9 +97,9 @@ def _roll_back(run: Course, why: str) -> None:
     monitor = run.config.monitor
     there = distributed.on_main(lambda: best_checkpoint(run.folder, run.config, sound=True))
     if there is None:
-        raise _end(run, there, f"{why}; no checkpoint is within it")
+        raise _end(run, there, why)
     if run.rollbacks >= monitor.max_rollbacks:
-        raise _end(run, there, f"{why}; went back {run.rollbacks} times, as often as monitor.max_rollbacks allows")
+        raise _end(run, there, f"{why}; it was sent back as often as monitor.max_rollbacks allows ({run.rollbacks})")
     came_from, share = run.step, _more_replay(run)
     path = run.folder / "checkpoints" / f"step-{there.step}"
     run.go_back(path)
@@ -128,9 +128,13 @@ def _roll_back(run: Course, why: str) -> None:
 def _end(run: Course, there: Verdict | None, why: str) -> ForgettingError:
     run.log.write(event="action", step=run.step, action="stop", why=why, replay=None, to=None)
     run.log.write(event="stop", step=run.step)
-    exported = f"the best within it is step-{there.step}, which `moect export` takes" if there else "none is within it"
+    exported = (
+        f"the best within it is step-{there.step}, which `moect export` takes"
+        if there
+        else "no checkpoint is within it"
+    )
     error = ForgettingError(
-        f"{run.folder}: ends at step {run.step}, beyond monitor.max_forgetting: {why}; of the checkpoints {exported}; "
+        f"{run.folder}: ends at step {run.step}, beyond monitor.max_forgetting: {why}; {exported}; "
         "to go on, raise data.replay, monitor.max_forgetting or change monitor.action, with resume=auto"
     )
     error.told_by_main_rank = not run.main
