@@ -98,7 +98,8 @@ def test_what_fails_on_one_rank_has_failed_on_all_and_nobody_waits():
     queue = context.SimpleQueue()
     processes = torch.multiprocessing.spawn(_works, (free_port(), queue), nprocs=2, join=False)
     told = dict([queue.get(), queue.get()])
-    processes.join()
+    while not processes.join():  # it returns at the first that ends
+        pass
     assert told[0] == [
         0,
         ("TrainingError", "rank 1: ValueError: odd"),

@@ -16,8 +16,14 @@ EVERYTHING = {
 FIGURES = ("loss", "balance", "z", "gate", "grad_norm", "greatest_load", "old_share")
 
 
-def left_over(place) -> list[str]:
-    """Processes that still run with a configuration of this test, or are zombies of this process."""
+@pytest.fixture(autouse=True)
+def there_before():
+    """Processes of before the test: what other tests left of theirs is not this one's."""
+    return {path.name for path in Path("/proc").glob("[0-9]*")}
+
+
+def left_over(place, there_before: set[str]) -> list[str]:
+    """Processes that still run with a configuration of this test, or are zombies of this process that it made."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -25,12 +31,13 @@ def left_over(place) -> list[str]:
             state, parent = (path / "stat").read_text().rpartition(")")[2].split()[:2]
         except OSError:  # ended meanwhile
             continue
-        if str(place.output) in command or (state == "Z" and int(parent) == os.getpid()):
+        zombie = state == "Z" and int(parent) == os.getpid() and path.name not in there_before
+        if str(place.output) in command or zombie:
             found.append(f"{path.name} {state} {command}")
     return found
 
 
-def test_one_rank_and_two_ranks_give_the_same_losses(place):
+def test_one_rank_and_two_ranks_give_the_same_losses(place, there_before):
     settings = {"steps": 20, "micro_batch": 4}
     alone = train(place.config("alone", **EVERYTHING, train=settings))  # accumulates twice
     launch(place.write(place.config("two", **EVERYTHING, train=settings)), 2)
@@ -42,7 +49,7 @@ def test_one_rank_and_two_ranks_give_the_same_losses(place):
         for key in FIGURES:
             assert figures(two)[step][key] == pytest.approx(line[key], abs=1e-4), (step, key)
     assert losses(alone)[-1] < losses(alone)[0] - 0.5
-    assert left_over(place) == []
+    assert left_over(place, there_before) == []
 
 
 def test_resume_on_two_ranks_under_zero_3_is_exact(place):
@@ -58,24 +65,24 @@ def test_resume_on_two_ranks_under_zero_3_is_exact(place):
     assert losses(run) == pytest.approx(losses(train(place.config("alone"))), abs=1e-4)
 
 
-def test_default_precision_and_stage_work_under_the_launcher_and_leave_no_process(place):
+def test_default_precision_and_stage_work_under_the_launcher_and_leave_no_process(place, there_before):
     values = place.values(monitor={"enabled": True})
     del values["train"]["precision"]
     config = config_from_dict(values)
     assert (config.train.precision, config.train.zero_stage) == ("bf16", 2)
     out, _ = launch(place.write(config), 1)
     assert "finished at step 6" in out and events(config.folder)[-1]["event"] == "end"
-    assert left_over(place) == []
+    assert left_over(place, there_before) == []
 
 
-def test_a_user_error_on_two_ranks_is_one_line_and_the_launcher_fails(place):
+def test_a_user_error_on_two_ranks_is_one_line_and_the_launcher_fails(place, there_before):
     config = place.config(train={"batch_size": 6, "micro_batch": 2})
     # each rank ends with 2; DeepSpeed's launcher passes on the first code that is not 0
     out, err = launch(place.write(config), 2, code=2)
     told = [line for line in (out + err).splitlines() if "moect: error" in line]
     assert len(told) == 1 and "`train.batch_size` 6 is no multiple of `train.micro_batch` x ranks = 2 x 2" in told[0]
     assert "Traceback" not in out + err
-    assert not config.folder.exists() and left_over(place) == []
+    assert not config.folder.exists() and left_over(place, there_before) == []
 
 
 @pytest.mark.slow
