@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments.run(arguments)
     except MoectError as error:
         _tell(error)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -362,7 +362,7 @@ def _tell(error: MoectError) -> None:
     """One line on stderr. What every rank finds out by itself, or was told by the main rank, only that rank prints."""
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0:
-        print(f"moect: error: {error}", file=sys.stderr)
+        print(f"moect: {error.label}: {error}", file=sys.stderr)
         return
     if isinstance(error, RankLost):  # nobody else knows
         print(f"moect: error on rank {rank}: {error}", file=sys.stderr)

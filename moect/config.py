@@ -18,6 +18,7 @@ import yaml
 
 from moect.data_config import DataConfig, check_data
 from moect.errors import ConfigError
+from moect.health_config import HealthConfig, check_health
 from moect.moe_config import MoeConfig, option
 from moect.monitor_config import MonitorConfig, check_monitor
 
@@ -99,7 +100,9 @@ class TrainConfig:
     )
     log_every: int = option(10, "steps between two lines of log.jsonl and of the screen")
     save_every: int = option(500, "steps between two checkpoints; the last step always makes one")
-    keep_last: int = option(3, "checkpoints to keep; 0: all")
+    keep_last: int = option(3, "checkpoints to keep; 0: all. The best within `monitor.max_forgetting` stays anyway")
+    keep_every: int | None = option(None, "also keep checkpoints of steps that are a multiple of this, for good")
+    async_save: bool = option(False, "write checkpoints while training goes on; takes a copy of them in host memory")
     stop_after: int | None = option(None, "stop with a checkpoint after this step, as if interrupted; resume goes on")
 
 
@@ -132,6 +135,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
 
     @property
@@ -347,7 +351,7 @@ def _check(config: RunConfig) -> None:
         )
     if not 0 <= config.seed < 2**31:
         raise ValueError(f"`seed` is {config.seed}: it must lie between 0 and {2**31 - 1}")
-    for section in ("moe", "lora", "loss", "data", "train"):
+    for section in ("moe", "lora", "loss", "data", "train", "health"):
         for name, value in vars(getattr(config, section)).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"`{section}.{name}` is {value}: it must be a finite number")
@@ -359,7 +363,7 @@ def _check(config: RunConfig) -> None:
     if config.method == "moe-ct" and config.moe.language_gate and not config.loss.gate:
         raise ValueError("`loss.gate` is 0: the language gate would never learn which language is which")
     for section, values, names in (
-        ("train", train, ("steps", "batch_size", "micro_batch", "log_every", "save_every", "stop_after")),
+        ("train", train, ("steps", "batch_size", "micro_batch", "log_every", "save_every", "keep_every", "stop_after")),
         ("lora", config.lora, ("rank",)),
     ):
         for name in names:
@@ -392,6 +396,7 @@ def _check(config: RunConfig) -> None:
         )
     check_data(data)
     check_monitor(config.monitor, data)
+    check_health(config.health)
     roles = {data.languages[source.lang] for source in data.train}
     if config.method == "moe-ct" and config.moe.language_gate and roles != {"old", "new"}:
         raise ValueError("`moe.language_gate` learns from both roles: `data.train` needs old and new languages")

@@ -2,11 +2,19 @@
 
 A command that meets one prints it as a single line and exits with code 2; anything else that escapes is a bug in moect
 and keeps its traceback. A message says what is wrong, where, and what to do about it.
+
+Two ends of a run have codes of their own, for whoever starts it again:
+
+    69  a rank or a node was lost (EX_UNAVAILABLE of sysexits.h): start it again
+    75  a signal asked it to stop, and there is a checkpoint of that step (EX_TEMPFAIL): start it again, later
 """
 
 
 class MoectError(Exception):
     """Base of all errors that the user can put right."""
+
+    exit_code = 2
+    label = "error"
 
 
 class ConfigError(MoectError):
@@ -26,7 +34,17 @@ class TrainingError(MoectError):
 
 
 class RankLost(TrainingError):
-    """A failure on one rank of which the others cannot be told: they wait for it, so it must end."""
+    """A failure on one rank of which the others cannot be told: they wait for it, so it must end. Or other ranks do not
+    answer."""
+
+    exit_code = 69
+
+
+class Stopped(TrainingError):
+    """A signal asked the run to stop, and it did, with a checkpoint."""
+
+    exit_code = 75
+    label = "stopped"
 
 
 class ForgettingError(TrainingError):

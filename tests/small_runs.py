@@ -122,11 +122,12 @@ def checkpoint(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step}"
 
 
-def tensors(run: Path, step: int, *files: str) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint: of the files named, else of all."""
+def tensors(run: Path, step: int, *kinds: str) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint, `KIND:NAME`: of the kinds of files named, else of all."""
     paths = sorted(checkpoint(run, step).glob("*.safetensors"))
-    assert len(paths) == 3
-    return {f"{p.stem}:{k}": t for p in paths if p.stem in (files or (p.stem,)) for k, t in load_file(p).items()}
+    found = {(p.stem.split("-")[0], k): t for p in paths for k, t in load_file(p).items()}
+    assert {kind for kind, _ in found} == {"module", "optimizer", "trainer"}
+    return {f"{kind}:{k}": t for (kind, k), t in found.items() if kind in (kinds or (kind,))}
 
 
 def assert_same_bits(run: Path, other: Path, step: int) -> None:

@@ -19,6 +19,7 @@ from moect.monitor.verdict import verdicts
 from moect.stages import load_stages, run_stages
 from moect.train.budget import act
 from moect.train.loop import Run, train
+from moect.train.step import Steps
 
 LIMIT = 0.1  # bits per byte: en is within it at step 2, and not at step 4
 QUICK = {"samples": 0, "resamples": 0}
@@ -103,16 +104,16 @@ def test_more_replay_changes_the_mixture_from_the_next_step_on(place, free, capl
 def test_replay_that_was_raised_is_raised_again_by_a_run_that_was_killed_after_it(place, monkeypatch):
     monitor = {"max_forgetting": LIMIT, "action": "replay"}
     whole = train(place.config(**sections(**monitor)))
-    steps, plain = [], Run._train_step
+    steps, plain = [], Steps.take
 
-    def dying(run):
-        steps.append(run.step)
-        if run.step == 5:
+    def dying(self, step, notes):
+        steps.append(step)
+        if step == 5:
             raise KeyboardInterrupt
-        return plain(run)
+        return plain(self, step, notes)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "_train_step", dying)
+        patch.setattr(Steps, "take", dying)
         with pytest.raises(KeyboardInterrupt):
             train(place.config("killed", **sections(**monitor)))
     assert steps == [0, 1, 2, 3, 4, 5]

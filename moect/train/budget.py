@@ -7,7 +7,6 @@ measurement. A resumed run judges the measurements of its checkpoint once more a
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +19,7 @@ from moect.monitor.verdict import Verdict, judge
 from moect.train import checkpoint
 from moect.train.best import best_checkpoint
 from moect.train.folder import RunLog
+from moect.train.write_checkpoint import remove
 
 log = logging.getLogger("moect.train")
 
@@ -49,6 +49,9 @@ class Course(Protocol):
 
     def save(self) -> None:
         """Make a checkpoint of the present state."""
+
+    def settle(self) -> None:
+        """Wait until it is complete."""
 
 
 def act(run: Course, rows: list[Row]) -> None:
@@ -122,6 +125,7 @@ def _roll_back(run: Course, why: str) -> None:
     # First the checkpoint to go on from, with the text's position and the replay of now. Killed before the others are
     # gone, a run resumes from the one beyond the limit, judges it again and comes here again, with the same values.
     run.save()
+    run.settle()
     distributed.on_main(lambda: _undo_after(run.folder, there.step))
 
 
@@ -153,4 +157,4 @@ def _undo_after(folder: Path, step: int) -> None:
     drop_rows_after(folder / "monitor", step)
     for path in checkpoint.list_checkpoints(folder / "checkpoints"):
         if checkpoint.step_of(path) > step:
-            shutil.rmtree(path)
+            remove(path)

@@ -7,7 +7,8 @@
         checkpoint.json        format, step, data position, fingerprint of the base, configuration, sha256 of each file
                                and of these values themselves
 
-Nothing here is pickled. A checkpoint is written beside its place, synced, and renamed into it.
+Several ranks write `module-1-of-4.safetensors` and so on, each some of the tensors, whole. Which tensor is in which
+file means nothing. Nothing here is pickled. write_checkpoint.py is the other side.
 """
 
 from __future__ import annotations
@@ -15,82 +16,21 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import shutil
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moect.errors import CheckpointError
 from moect.model.append import is_appended_tensor
 
-FORMAT = 1
+FORMAT = 2
+READS = (1, FORMAT)  # 1: one file of each kind, as one rank writes them
 INFO = "checkpoint.json"
-MODULE = "module.safetensors"
-ASIDE = ".replaced-"  # before the name of a checkpoint while another takes its place
 log = logging.getLogger("moect.checkpoint")
-
-
-def save_checkpoint(folder: Path, step: int, files: dict[str, dict[str, Tensor]], info: dict) -> Path:
-    """Write `folder/step-N` from tensors by file name and plain values; replaces one of the same step.
-
-    Raises:
-        CheckpointError: the disk refuses.
-    """
-    final, temporary = folder / f"step-{step}", folder / f".writing-step-{step}"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        digests = {}
-        for name, tensors in files.items():
-            path = temporary / f"{name}.safetensors"
-            save_file({key: t.contiguous() for key, t in tensors.items()}, path)
-            digests[path.name] = _sha256(path)
-            _sync(path)
-        values = json.loads(json.dumps({"format": FORMAT, "step": step, **info, "files": digests}))
-        text = json.dumps({**values, "sha256": _digest(values)}, indent=1, ensure_ascii=False)
-        (temporary / INFO).write_text(text, encoding="utf-8")
-        _sync(temporary / INFO)
-        _sync(temporary)
-        aside = folder / f"{ASIDE}{final.name}"
-        if final.exists():  # the same step once more, after a resume from an earlier one
-            os.rename(final, aside)
-        os.rename(temporary, final)
-        _sync(folder)
-        shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"{final}: cannot be written: {error.strerror or error}; free space or change `output`"
-        ) from error
-    return final
-
-
-def put_back(folder: Path) -> None:
-    """Undo a replacement that was interrupted. Only who writes checkpoints here may call it."""
-    for aside in folder.glob(f"{ASIDE}step-*"):
-        path = folder / aside.name.removeprefix(ASIDE)
-        if path.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            os.rename(aside, path)
-
-
-def rotate(folder: Path, keep_last: int, step: int, keep: int | None = None) -> None:
-    """Delete all but the `keep_last` checkpoints up to a step, 0 keeps all.
-
-    Args:
-        folder: of the checkpoints.
-        keep_last: how many.
-        step: the last that was made. Later ones are of another course, or damaged; they are not touched.
-        keep: one more step to keep.
-    """
-    made = [path for path in list_checkpoints(folder) if step_of(path) <= step]
-    for path in made[keep_last:] if keep_last else []:
-        if step_of(path) != keep:
-            shutil.rmtree(path)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -124,12 +64,17 @@ def find_checkpoint(run_folder: Path, name: str | None = None) -> Path:
     raise CheckpointError(f"{folder}: no usable checkpoint; has the run saved one yet (train.save_every)?")
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None: every file is compared with its checksum."""
+def damage(path: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint, or None: every file is compared with its checksum.
+
+    Args:
+        path: the checkpoint's folder.
+        part, parts: look at every `parts`-th file only, from number `part` on: so that ranks can share the work.
+    """
     try:
         info = read_info(path)
-        for name, digest in info["files"].items():
-            if _sha256(path / name) != digest:
+        for name, digest in list(info["files"].items())[part::parts]:
+            if file_digest(path / name) != digest:
                 return f"{name} is damaged (its checksum differs)"
     except CheckpointError as error:
         return str(error).removeprefix(f"{path}: ")
@@ -150,33 +95,99 @@ def read_info(path: Path) -> dict:
         raise CheckpointError(f"{path}: {INFO} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: {INFO} is damaged (not valid JSON)") from error
-    if not isinstance(info, dict) or info.get("format") != FORMAT or not isinstance(info.get("files"), dict):
-        raise CheckpointError(f"{path}: {INFO} is not of format {FORMAT}, the one this version of moect reads")
-    if info.pop("sha256", None) != _digest(info):
+    if not isinstance(info, dict) or info.get("format") not in READS or not isinstance(info.get("files"), dict):
+        formats = " and ".join(map(str, READS))
+        raise CheckpointError(f"{path}: {INFO} is not of format {formats}, which this version of moect reads")
+    if info.pop("sha256", None) != values_digest(info):
         raise CheckpointError(f"{path}: {INFO} is damaged (its checksum differs)")
     return info
 
 
-def module_digest(run_folder: Path) -> str | None:
-    """The sha256 of what trains in a run's newest checkpoint; None where there is none that can be read."""
+def module_digest(info: dict) -> str:
+    """A digest of what trains in a checkpoint, from its plain values: the same for the same files."""
+    digests = [info["files"][name] for name in files_of(info, "module")]
+    return digests[0] if len(digests) == 1 else values_digest(digests)
+
+
+def newest_module_digest(run_folder: Path) -> str | None:
+    """`module_digest` of a run's newest checkpoint; None where there is none that can be read."""
     for path in list_checkpoints(Path(run_folder) / "checkpoints")[:1]:
         try:
-            return read_info(path)["files"][MODULE]
+            return module_digest(read_info(path))
         except CheckpointError:
             return None
     return None
 
 
-def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of one file of a checkpoint, on the CPU.
+def files_of(info: dict, kind: str) -> list[str]:
+    """The files of a kind, `module`, `optimizer` or `trainer`, that a checkpoint has."""
+    return [name for name in info["files"] if re.fullmatch(rf"{kind}(-\d+-of-\d+)?\.safetensors", name)]
+
+
+class Tensors(Mapping[str, Tensor]):
+    """The tensors of some kinds of files of a checkpoint, each read, onto the CPU, when it is asked for.
+
+    Attributes:
+        shapes: of all of them, by name.
 
     Raises:
-        CheckpointError: the file cannot be read.
+        CheckpointError: a file is missing or cannot be read; also later, for a tensor.
     """
-    try:
-        return load_file(path / f"{name}.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: {name}.safetensors cannot be read: {error}") from error
+
+    def __init__(self, path: Path, *kinds: str):
+        info = read_info(path)
+        self._where: dict[str, Path] = {}
+        self.shapes: dict[str, torch.Size] = {}
+        for kind in kinds:
+            names = files_of(info, kind)
+            if not names:
+                raise CheckpointError(f"{path}: has no file of the kind `{kind}`")
+            for name in names:
+                with _opened(path / name) as file:
+                    for key in file.keys():  # noqa: SIM118 - no mapping
+                        self._where[key] = path / name
+                        self.shapes[key] = torch.Size(file.get_slice(key).get_shape())
+
+    def __getitem__(self, name: str) -> Tensor:
+        with _opened(self._where[name]) as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+
+class _opened:
+    """safe_open, with our errors."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self):
+        try:
+            self.file = safe_open(self.path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise self._error(error) from error
+        return self.file.__enter__()
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.file.__exit__(kind, error, trace)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise self._error(error) from error
+
+    def _error(self, error: Exception) -> CheckpointError:
+        return CheckpointError(f"{self.path.parent}: {self.path.name} cannot be read: {error}")
+
+
+def read_tensors(path: Path, kind: str) -> dict[str, Tensor]:
+    """All tensors of a kind of files of a checkpoint, on the CPU.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    return dict(Tensors(path, kind))
 
 
 def read_module(path: Path) -> dict[str, Tensor]:
@@ -190,29 +201,27 @@ def load_module(model: torch.nn.Module, path: Path) -> None:
     Raises:
         CheckpointError: its tensors are not exactly those that train in the model, or have other shapes.
     """
-    tensors = read_module(path)
+    tensors = Tensors(path, "module")
     slots = dict(trained_tensors(model))
-    check_shapes(tensors, {name: slot.shape for name, slot in slots.items()}, path)
+    check_shapes(tensors.shapes, {name: slot.shape for name, slot in slots.items()}, path)
     with torch.no_grad():
         for name, tensor in tensors.items():
             slots[name].copy_(tensor)
 
 
-def check_shapes(tensors: dict[str, Tensor], shapes: dict[str, torch.Size], path: Path) -> None:
-    """Compare the tensors of a checkpoint with the shapes that a model wants, by name.
+def check_shapes(there: dict[str, torch.Size], shapes: dict[str, torch.Size], path: Path) -> None:
+    """Compare the shapes of a checkpoint's tensors with those that a model wants, by name.
 
     Raises:
         CheckpointError: they differ.
     """
-    if odd := sorted(tensors.keys() ^ shapes.keys()):
+    if odd := sorted(there.keys() ^ shapes.keys()):
         raise CheckpointError(
             f"{path}: of another model: {len(odd)} tensors are only in one of the two, first {odd[0]}"
         )
-    for name, tensor in tensors.items():
-        if tensor.shape != shapes[name]:
-            raise CheckpointError(
-                f"{path}: of another model: {name} is {tuple(tensor.shape)}, expected {tuple(shapes[name])}"
-            )
+    for name, shape in there.items():
+        if shape != shapes[name]:
+            raise CheckpointError(f"{path}: of another model: {name} is {tuple(shape)}, expected {tuple(shapes[name])}")
 
 
 def trained_tensors(model: torch.nn.Module):
@@ -226,18 +235,12 @@ def module_buffers(model: torch.nn.Module):
     yield from ((n, b) for n, b in model.named_buffers() if is_appended_tensor(n))
 
 
-def _digest(values: dict) -> str:
+def values_digest(values) -> str:
+    """The sha256 of plain values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """The sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import socket
+import time
 from pathlib import Path
 
+import torch.distributed as dist
+
+from moect import distributed
 from moect.config import RunConfig, config_to_yaml
 from moect.errors import ConfigError
 
@@ -31,6 +37,42 @@ def open_folder(config: RunConfig) -> Path:
             f"{folder}: cannot be written: {error.strerror or error}; change `output` or `name`"
         ) from error
     return folder
+
+
+def check_shared(folder: Path) -> None:
+    """Whether all ranks see the same file system: what the main rank writes, the others must be able to read.
+
+    Raises:
+        ConfigError: a node does not see it.
+    """
+    if dist.get_world_size() == 1:
+        return
+    word = distributed.on_main(lambda: _leave_word(folder))
+    seen = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, (socket.gethostname(), _sees(folder, word)))
+    distributed.on_main(lambda: (folder / word).unlink())
+    blind = [f"rank {rank} on {host}" for rank, (host, sees) in enumerate(seen) if not sees]
+    if blind:
+        raise ConfigError(
+            f"{folder.parent}: {', '.join(blind)} cannot see what rank 0 on {seen[0][0]} writes there; let `output` be "
+            "on a file system that all nodes share, at the same path"
+        )
+
+
+def _leave_word(folder: Path) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f".seen-{secrets.token_hex(8)}"
+    (folder / name).touch()
+    return name
+
+
+def _sees(folder: Path, name: str) -> bool:
+    """A network file system may show a new file a little later."""
+    for _ in range(50):
+        if os.path.isdir(folder) and name in os.listdir(folder):
+            return True
+        time.sleep(0.1)
+    return False
 
 
 class RunLog:

@@ -6,7 +6,7 @@ import dataclasses
 
 from moect.config import RunConfig, config_from_dict
 from moect.errors import CheckpointError, MoectError
-from moect.train.checkpoint import module_digest
+from moect.train.checkpoint import newest_module_digest
 
 # what decides the meaning of the saved tensors or the order of a corpus: a difference is refused. The shares of the
 # corpora may change: the loader keeps the history of the mixture.
@@ -73,7 +73,7 @@ def check_same_start(info: dict, config: RunConfig, where: str) -> None:
     Raises:
         CheckpointError: that run has gone on since.
     """
-    now = module_digest(config.model.start) if config.model.start else None
+    now = newest_module_digest(config.model.start) if config.model.start else None
     if now and now != info.get("began_from"):
         raise CheckpointError(
             f"{where}: began from another state of {config.model.start} than its newest checkpoint; to go on as it "

@@ -10,11 +10,13 @@ Per trainable parameter three fp32 tensors of its full shape: the master weight 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from moect.model.partition import full_shape
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -26,24 +28,38 @@ def trainable_parameters(engine) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, parameter
 
 
-def gather(engine, keep: bool) -> dict[str, Tensor]:
-    """All masters and moments on the CPU, as `NAME`, `exp_avg.NAME` and `exp_avg_sq.NAME`.
+def owners(engine, world_size: int) -> dict[str, int]:
+    """The rank that writes each trainable parameter, so that all write about as much."""
+    sizes = {name: full_shape(p).numel() for name, p in trainable_parameters(engine)}
+    load, owner = [0] * world_size, {}
+    for name in sorted(sizes, key=lambda name: -sizes[name]):  # stable: the same on every rank
+        owner[name] = load.index(min(load))
+        load[owner[name]] += sizes[name]
+    return owner
 
-    Every rank must call it; those with `keep` false take part and return nothing.
+
+def gather(engine, keep: Callable[[str], bool]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Masters and moments on the CPU: `NAME`, and `exp_avg.NAME` and `exp_avg_sq.NAME`.
+
+    Every rank must call it, and gets copies of those whose NAME it keeps; of the others one at a time passes through.
     """
     access = _access(engine)
-    tensors = {}
+    masters, moments = {}, {}
     for name, parameter in trainable_parameters(engine):
         for key in (None, *MOMENTS):
             value = access.get(parameter, key)
-            if keep:
-                tensors[name if key is None else f"{key}.{name}"] = value.detach().to("cpu", torch.float32, copy=True)
-    return tensors
+            if keep(name):
+                copied = value.detach().to("cpu", torch.float32, copy=True)
+                if key is None:
+                    masters[name] = copied
+                else:
+                    moments[f"{key}.{name}"] = copied
+    return masters, moments
 
 
 @torch.no_grad()
-def scatter(engine, tensors: dict[str, Tensor], steps: int) -> None:
-    """Put back what `gather` took, after `steps` optimizer steps.
+def scatter(engine, tensors: Mapping[str, Tensor], steps: int) -> None:
+    """Put back what `gather` took on all ranks, after `steps` optimizer steps.
 
     The optimizer must hold state already: call `wake_optimizer` before.
     """

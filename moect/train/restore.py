@@ -1,0 +1,148 @@
+"""What a run begins with: its own last checkpoint, another run's, or nothing; and a checkpoint's way to the engine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moect import distributed
+from moect.config import RunConfig
+from moect.data.batches.loader import Loader
+from moect.data.vocabulary.extended_tokenizer import Extension
+from moect.errors import CheckpointError
+from moect.model.partition import full_shape
+from moect.train import checkpoint, state
+from moect.train.resume import check_same_run, check_same_start, check_start
+from moect.train.step import Steps, arguments
+from moect.train.token_rows import IDS, check_extension, widen_rows
+from moect.train.write_checkpoint import put_back
+
+log = logging.getLogger("moect.checkpoint")
+
+
+@dataclass
+class Origin:
+    """What a run goes on from, or begins with.
+
+    Attributes:
+        checkpoint: of this run, to go on from.
+        start: of the run `model.start`, to begin with, where there is none of this one.
+        began_from: the digest of what trained in the checkpoint that this run began with.
+        changed: keys of the configuration that differ from the checkpoint's, with both values.
+        info: the plain values of `checkpoint`.
+    """
+
+    checkpoint: Path | None = None
+    start: Path | None = None
+    began_from: str | None = None
+    changed: list[str] = field(default_factory=list)
+    info: dict = field(default_factory=dict)
+
+
+def find_origin(config: RunConfig, fingerprint: str, extension: Extension | None, loader: Loader) -> Origin:
+    """Look for what the run begins with, and put the loader where that stands; nothing else is changed yet. Every rank
+    calls it.
+
+    Args:
+        config: the run's.
+        fingerprint: of the base.
+        extension: tokens added to the base's, if any.
+        loader: of the run.
+
+    Raises:
+        CheckpointError: what is there is of another run, base or model, or all of it is damaged.
+    """
+    if config.resume == "auto":
+        folder = config.folder / "checkpoints"
+        distributed.on_main(lambda: put_back(folder))
+        if distributed.on_main(lambda: bool(checkpoint.list_checkpoints(folder))):
+            return _go_on(find_sound(config.folder), config, fingerprint, extension, loader)
+    if config.model.start:
+        return _begin_with(find_sound(Path(config.model.start)), config, fingerprint, extension, loader)
+    return Origin()
+
+
+def find_sound(run_folder: Path) -> Path:
+    """A run's newest undamaged checkpoint; all ranks look, each at a part of its files.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    folder, world_size = run_folder / "checkpoints", dist.get_world_size()
+    for path in distributed.on_main(lambda: checkpoint.list_checkpoints(folder)):
+        faults = [None] * world_size
+        dist.all_gather_object(faults, checkpoint.damage(path, dist.get_rank(), world_size))
+        fault = next(filter(None, faults), None)
+        if fault is None:
+            return path
+        if distributed.is_main():
+            log.warning("%s: %s; trying the checkpoint before it", path, fault)
+    raise CheckpointError(f"{folder}: no usable checkpoint; has the run saved one yet (train.save_every)?")
+
+
+def begin_from(path: Path, steps: Steps) -> None:
+    """Take what trains, and nothing else, from another run's checkpoint."""
+    ids = dict(checkpoint.module_buffers(steps.objective.model)).get(IDS)
+    tensors = widen_rows(checkpoint.read_module(path), ids)
+    trains = [name for name, _ in state.trainable_parameters(steps.engine) if name in tensors]
+    moments = {f"{m}.{name}": torch.zeros_like(tensors[name]) for name in trains for m in state.MOMENTS}
+    tensors |= moments
+    _put(tensors, {name: t.shape for name, t in tensors.items()}, 0, path, steps)
+
+
+def go_back(path: Path, steps: Steps) -> dict:
+    """Take weights, optimizer and expert load from a checkpoint of this run; the text goes on from where it is.
+
+    Returns:
+        Its plain values.
+    """
+    info = checkpoint.read_info(path)
+    tensors = checkpoint.Tensors(path, "module", "optimizer")
+    _put(tensors, tensors.shapes, info["step"], path, steps)
+    steps.objective.load_LE = checkpoint.read_tensors(path, "trainer")["load_LE"]
+    return info
+
+
+def _go_on(path: Path, config: RunConfig, fingerprint: str, extension: Extension | None, loader: Loader) -> Origin:
+    info = checkpoint.read_info(path)
+    if info["step"] > config.train.steps:
+        raise CheckpointError(
+            f"{path}: beyond the end, train.steps is {config.train.steps}; raise it to go on from there"
+        )
+    changed = check_same_run(info, config, fingerprint, str(path))
+    check_same_start(info, config, str(path))
+    check_extension(info, extension, str(path))
+    loader.load_state_dict(info["data"])
+    return Origin(path, None, info.get("began_from"), changed, info)
+
+
+def _begin_with(path: Path, config: RunConfig, fingerprint: str, extension: Extension | None, loader: Loader) -> Origin:
+    info = checkpoint.read_info(path)
+    check_start(info, config, fingerprint, str(path))
+    check_extension(info, extension, str(path))
+    loader.go_on_after(info["data"])
+    return Origin(None, path, checkpoint.module_digest(info))
+
+
+def _put(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], taken: int, path: Path, steps: Steps) -> None:
+    """Put masters, moments and buffers into engine and model, as after `taken` optimizer steps."""
+    engine, objective, loader = steps.engine, steps.objective, steps.loader
+    buffers = dict(checkpoint.module_buffers(objective.model))
+    wanted = {name: full_shape(p) for name, p in state.trainable_parameters(engine)}
+    wanted |= {f"{m}.{name}": shape for name, shape in wanted.items() for m in state.MOMENTS}
+    wanted |= {name: buffer.shape for name, buffer in buffers.items()}
+    checkpoint.check_shapes(shapes, wanted, path)
+    position = loader.state_dict()
+    batches = [batch.to(engine.device) for batch in loader.next_step()]
+    state.wake_optimizer(engine, {**arguments(batches[0]), "counts": steps.count(batches), "scale": 1.0})
+    state.scatter(engine, tensors, taken)
+    for name, buffer in buffers.items():
+        buffer.copy_(tensors[name])
+    objective.sums = {}
+    loader.load_state_dict(position)
