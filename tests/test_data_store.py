@@ -400,7 +400,7 @@ def _die(block):
 
 
 TWICE = """
-import sys
+import sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_data_store import build
@@ -414,6 +414,8 @@ def add(self, *args):
     added += 1
     if added == 8:  # the workers are there, and have work
         print("now", flush=True)
+    if added >= 8:  # and are not done before the interrupts come
+        time.sleep(0.01)
 store_writer.StoreWriter.add = add
 build(Path({folder!r}), workers=2)
 """

@@ -4,9 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
-from small_runs import assert_same_bits, events, figures, launch, losses
+from small_runs import assert_same_bits, checkpoint, events, figures, launch, losses
 
 from moect.config import config_from_dict
+from moect.train.checkpoint import read_info
 from moect.train.loop import train
 
 EVERYTHING = {
@@ -112,3 +113,23 @@ def test_resume_on_another_number_of_ranks_keeps_the_losses(place, ranks):
     launch(path, ranks[1], "resume=auto")
     alone = train(place.config("alone", **EVERYTHING, train={"micro_batch": 2}))
     assert losses(place.output / "run") == pytest.approx(losses(alone), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_one_run_over_1_2_4_and_1_ranks_and_zero_1_3_2_and_1_loses_nothing(place):
+    """Twenty steps each; against a run on one rank that was never interrupted."""
+    settings = {"steps": 80, "batch_size": 8, "micro_batch": 2, "save_every": 20, "keep_last": 0}
+    whole = train(place.config("whole", **EVERYTHING, train={**settings, "zero_stage": 1}))
+    path = place.write(place.config(**EVERYTHING, train=settings))
+    run = place.output / "run"
+    for leg, (ranks, stage) in enumerate([(1, 1), (2, 3), (4, 2), (1, 1)], 1):
+        more = [f"train.zero_stage={stage}", f"train.stop_after={20 * leg}", "resume=auto"]
+        launch(path, ranks, *more)
+        info = read_info(checkpoint(run, 20 * leg))
+        assert info["world_size"] == ranks and info["config"]["train"]["zero_stage"] == stage
+        # the same rows of the same documents: the position is that of the run on one rank, and so are its tokens
+        assert info["data"] == read_info(checkpoint(whole, 20 * leg))["data"]
+    for step, line in figures(whole).items():
+        assert figures(run)[step]["tokens_seen"] == line["tokens_seen"]
+        for key in FIGURES:
+            assert figures(run)[step][key] == pytest.approx(line[key], abs=1e-4), (step, key)
