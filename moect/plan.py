@@ -68,6 +68,7 @@ def make_plan(
         "flops_per_token": flops,
         "flops": flops * tokens_per_step * train.steps,
         "memory_per_rank": memory_per_rank(config, model, world_size),
+        "checkpoints": _checkpoints(config, parameter_counts(model)["trainable"]),
         "monitor": _monitor(config, model, held_out, flops),
         "rows": _rows(data),
         "mixture": mixture,
@@ -76,6 +77,16 @@ def make_plan(
     if gpu:
         plan |= _on_gpu(plan, config, *find_gpu(gpu), mfu)
     return plan
+
+
+def _checkpoints(config: RunConfig, trainable: int) -> dict:
+    """Bytes of one, steps between two, and how many lie on the disk at once, the one being written among them."""
+    train = config.train
+    made = math.ceil(train.steps / train.save_every)
+    kept = made
+    if train.keep_last:  # and the best one
+        kept = min(made, train.keep_last + 1 + (train.steps // train.keep_every if train.keep_every else 0))
+    return {"bytes": 12 * trainable, "every": train.save_every, "most": kept + 1}
 
 
 def _monitor(config: RunConfig, model: nn.Module, held_out: list[list[int]] | str | None, flops: int) -> dict | None:
@@ -140,6 +151,7 @@ def render(plan: dict) -> str:
     ]
     if "gpu" in plan:
         rows.append(("time", _time(plan)))
+    rows.append(("checkpoints", _disk(**plan["checkpoints"])))
     if plan["monitor"]:
         rows += [("" if number else "monitor", line) for number, line in enumerate(_monitor_lines(plan["monitor"]))]
     if plan["unused_keys"]:
@@ -223,6 +235,10 @@ def _time(plan: dict) -> str:
         f"{duration(plan['seconds'])} on {plan['ranks']} x {plan['gpu']} at an assumed {100 * plan['mfu']:g}% MFU "
         f"({hours:,.{0 if hours >= 10 else 1}f} GPU hours)"
     )
+
+
+def _disk(bytes: int, every: int, most: int) -> str:
+    return f"{_bytes(bytes)} each, every {every:,} steps; at most {most:,} on the disk at once, {_bytes(most * bytes)}"
 
 
 def _monitor_lines(cost: dict) -> list[str]:

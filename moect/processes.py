@@ -47,7 +47,7 @@ def map_in_order(
     pending: deque = deque()
     try:
         for item in items:
-            with without_main(), _uninterrupted():
+            with without_main(), deaf_to(signal.SIGINT):
                 pending.append((item, pool.submit(_call, item)))
             if len(pending) > 2 * workers:
                 done, future = pending.popleft()
@@ -82,12 +82,12 @@ def without_main() -> Iterator[None]:
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Inside, Ctrl-C waits; and processes that are started do not know it, from their first moment on."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def deaf_to(*signals: int) -> Iterator[None]:
+    """Inside, signals wait; and processes that are started never hear them, from their first moment on.
+
+    Ctrl-C, and a launcher that ends its ranks, reach all processes of a run. What they mean, the rank itself decides.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
     finally:

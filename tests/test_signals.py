@@ -37,10 +37,10 @@ def ranks_of(place) -> list[int]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint_and_a_code_of_its_own(place, number):
-    config = place.config(train=SETTINGS, monitor={"enabled": True})
+    config = place.config(train=SETTINGS, monitor={"enabled": True}, data={"workers": 1})
     process = start(place.write(config))
     wait_for_step(process, config.folder)
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # to the worker processes too, as a terminal and a launcher do
     _, err = process.communicate(timeout=120)
     assert process.returncode == 75, err
     (saved,) = list_checkpoints(config.folder / "checkpoints")

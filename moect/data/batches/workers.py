@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from moect.data.batches.batch import MicroBatch, RowReader
 from moect.errors import DataError
-from moect.processes import without_main
+from moect.processes import deaf_to, without_main
 
 
 class Workers:
@@ -50,7 +50,7 @@ class Workers:
             # torch would raise in the middle of whatever this process does when one of them ends; it looks after them
             # when it waits for a batch, too
             before = signal.getsignal(signal.SIGCHLD)
-            with without_main():
+            with without_main(), deaf_to(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 self._batches = iter(self._loader)
             if threading.current_thread() is threading.main_thread():  # only there does torch set its own
                 signal.signal(signal.SIGCHLD, before)
