@@ -44,6 +44,8 @@ setup(
         "transformers>=5.17,<6",
         "xxhash>=3.5,<5",
     ],
-    extras_require={"dev": ["packaging>=25", "pytest>=9,<10", "pytest-xdist>=3.8,<4", "ruff>=0.17,<0.18"]},
+    extras_require={
+        "dev": ["hypothesis>=6.150,<7", "packaging>=25", "pytest>=9,<10", "pytest-xdist>=3.8,<4", "ruff>=0.17,<0.18"]
+    },
     entry_points={"console_scripts": ["moect=moect.cli:process"]},
 )

@@ -112,6 +112,16 @@ def export(arguments: argparse.Namespace) -> None:
     print(f"wrote {path}")
 
 
+def checkpoints(arguments: argparse.Namespace) -> None:
+    """List the checkpoints of a run, verify them, or delete those that are not needed."""
+    from moect.checkpoints import show, show_prunable
+
+    if arguments.prune:
+        show_prunable(arguments.run_folder, arguments.keep_last, arguments.keep_every, arguments.yes)
+    else:
+        show(arguments.run_folder, arguments.verify)
+
+
 def generate(arguments: argparse.Namespace) -> None:
     """Continue a text with an exported model."""
     from moect.export.generate import generate_text
@@ -236,6 +246,14 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--output", type=Path, help="default: RUN/export")
     made.add_argument("--dtype", choices=("auto", "fp32", "bf16"), help="default: export.dtype of the run")
 
+    made = command(checkpoints)
+    made.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run")
+    made.add_argument("--verify", action="store_true", help="read every file; exit code 2 if one is damaged")
+    made.add_argument("--prune", action="store_true", help="what rotation would delete, damaged ones and left-overs")
+    made.add_argument("--keep-last", type=lambda n: _positive(n, 0), metavar="N", help="default: as the run; 0: all")
+    made.add_argument("--keep-every", type=_positive, metavar="N", help="default: the run's train.keep_every")
+    made.add_argument("--yes", action="store_true", help="with --prune: delete it")
+
     made = command(generate)
     made.add_argument("model", type=Path, metavar="DIR", help="an exported model")
     made.add_argument("text", help="text to continue")
@@ -326,10 +344,10 @@ def _tell_evaluation(evaluation) -> None:
         print(f"wrote {path}")
 
 
-def _positive(text: str) -> int:
+def _positive(text: str, least: int = 1) -> int:
     number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
+    if number < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}")
     return number
 
 
@@ -364,7 +382,7 @@ def _tell(error: MoectError) -> None:
     if rank == 0:
         print(f"moect: {error.label}: {error}", file=sys.stderr)
         return
-    if isinstance(error, RankLost):  # nobody else knows
+    if isinstance(error, RankLost) and not getattr(error, "told_by_main_rank", False):  # nobody else knows
         print(f"moect: error on rank {rank}: {error}", file=sys.stderr)
         return
     torch = sys.modules.get("torch")

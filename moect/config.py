@@ -175,10 +175,10 @@ def read_values(path: str | Path) -> dict:
         raise ConfigError(f"{path}: {error.strerror or error}; give a YAML file with --config") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the last two: no such day, say, and nested too deep
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
+        raise ConfigError(f"{where}: not valid YAML: {_in_a_line(str(getattr(error, 'problem', error)))}") from error
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -193,11 +193,11 @@ def config_from_dict(values: dict, where: str = "config") -> RunConfig:
     try:
         config = TypeAdapter(RunConfig).validate_python(values)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_explain(error)}") from error
+        raise ConfigError(f"{where}: {_in_a_line(_explain(error))}") from error
     try:
         _check(config)
     except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from error
+        raise ConfigError(f"{where}: {_in_a_line(str(error))}") from error
     if "root" not in (values.get("data") or {}):
         config.data.root = os.environ.get("MOECT_DATA", config.data.root)
     return config
@@ -257,7 +257,7 @@ def override_value(values: dict, override: str) -> None:
         raise ConfigError(f"override {override!r}: write section.key=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
     *sections, last = key.split(".")
     for section in sections:
@@ -267,6 +267,11 @@ def override_value(values: dict, override: str) -> None:
         if not isinstance(values, dict):
             raise ConfigError(f"override {override!r}: `{section}` is not a section")
     values[last] = value
+
+
+def _in_a_line(text: str) -> str:
+    """Keys and values that it quotes may hold anything."""
+    return " ".join(text.split())
 
 
 def _explain(error) -> str:

@@ -14,19 +14,31 @@ import torch
 import torch.distributed as dist
 
 from moect.errors import MoectError, RankLost, TrainingError
+from moect.roll_call import RollCall
 
-TIMEOUT = timedelta(minutes=30)
 _works = itertools.count()  # pieces of work that the main rank did for all
+_roll_call: RollCall | None = None  # with other ranks
 
 
-def start() -> tuple[int, int]:
+def start(timeout_minutes: float = 30.0) -> tuple[int, int]:
     """Join the process group (of one, if no launcher made us) and return (rank, world size).
 
     A process joins once: DeepSpeed cannot do without the group it first saw, so later runs in the process share it.
+
+    Args:
+        timeout_minutes: ranks wait so long for one another, here and in every collective from now on.
+
+    Raises:
+        RankLost: not all came.
     """
     import deepspeed
 
+    timeout = timedelta(minutes=timeout_minutes)
+    # sub-groups that DeepSpeed makes take torch's default and would wait forever on a lost peer
+    dist.distributed_c10d.default_pg_timeout = timeout
     if dist.is_initialized():
+        for group in dist.distributed_c10d._world.pg_map:  # there is no public call for it
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
         return dist.get_rank(), dist.get_world_size()
 
     # a kernel for inference only, which would need a compiler and half a minute at the first start on a CPU
@@ -43,13 +55,43 @@ def start() -> tuple[int, int]:
             "MASTER_PORT": str(port),
         }
         os.environ.update(alone)
-    # sub-groups that DeepSpeed makes take torch's default and would wait forever on a lost peer
-    dist.distributed_c10d.default_pg_timeout = TIMEOUT
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(verbose=False, timeout=TIMEOUT)
-    dist.barrier()  # a rank that failed at once would leave while others still connect to it
+    try:
+        deepspeed.init_distributed(verbose=False, timeout=timeout)
+        dist.barrier()  # a rank that failed at once would leave while others still connect to it
+        _hear_of_one_another()
+    except dist.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RankLost(
+            f"{os.environ['WORLD_SIZE']} ranks did not find one another at {where} within {timeout_minutes:g} minutes "
+            f"({str(error).splitlines()[0]}); see that every node runs and reaches that address, and start again"
+        ) from error
     return dist.get_rank(), dist.get_world_size()
+
+
+def _hear_of_one_another() -> None:
+    global _roll_call
+    if dist.get_world_size() == 1:
+        return
+    hosts = [None] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname())
+    store = dist.PrefixStore("moect/roll call", dist.distributed_c10d._get_default_store().clone())
+    _roll_call = RollCall(store, dist.get_rank(), hosts)
+    _roll_call.start()
+
+
+def explained(error: Exception, step: int | None) -> Exception:
+    """What to raise for a failure of this rank's work: the error itself, or what became of other ranks.
+
+    Args:
+        error: as it was raised.
+        step: the last one that all ranks took together, if any.
+    """
+    failure = error.__cause__ if isinstance(error, RankLost) else error  # of work that was divided
+    if _roll_call is None or failure is None or isinstance(failure, MoectError):
+        return error
+    return _roll_call.explain(failure, step) or error
 
 
 def stop(failed: bool = False) -> None:
@@ -58,6 +100,10 @@ def stop(failed: bool = False) -> None:
     Args:
         failed: do not wait for the other ranks, which may never come.
     """
+    global _roll_call
+    if _roll_call:
+        _roll_call.end()
+        _roll_call = None
     if dist.is_initialized():
         if not failed:
             dist.barrier()
@@ -147,7 +193,7 @@ def together(work: Callable[[], Any], divided: bool = False) -> Any:
 
 
 def _wait_for_main() -> None:
-    """Return when the main rank is here too, however long its work takes: a collective would give up after TIMEOUT.
+    """Return when the main rank is here too, however long its work takes: a collective would give up after a time.
 
     The others look for a note in the store through which the ranks have found one another; it ends with the main rank.
     """

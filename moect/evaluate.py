@@ -56,7 +56,7 @@ def evaluate_run(run_folder: Path, checkpoint: str | None = None, overrides: lis
 
     folder = Path(run_folder)
     config = _configuration(folder, overrides)
-    rank, world_size = distributed.start()
+    rank, world_size = distributed.start(config.health.timeout_minutes)
     path = distributed.on_main(lambda: choose_checkpoint(folder, load_config(folder / "config.yaml"), checkpoint))
     info = read_info(path)
     fingerprint = base_fingerprint(config.model, config.seed)

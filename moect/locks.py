@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import os
+import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 
 @contextmanager
@@ -29,6 +33,44 @@ def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[No
         yield
 
 
+def acquire(path: Path, seconds: float, waiting: Callable[[str], None] | None = None) -> TextIO:
+    """Take the lock that a file stands for, and write into the file who has it.
+
+    Args:
+        path: made if need be, and left there.
+        seconds: to wait at most for another process.
+        waiting: called once, with the other's words, if there is one to wait for.
+
+    Returns:
+        The open file: the lock ends when it is closed, or with this process.
+
+    Raises:
+        Held: another process has it still.
+        OSError: the file cannot be made, or its file system has no locks.
+    """
+    file = path.open("a+", encoding="utf-8")
+    try:
+        deadline, told = time.monotonic() + seconds, False
+        while not _taken(file):
+            if time.monotonic() >= deadline:
+                raise Held(_holder(path))
+            if waiting and not told:
+                waiting(_holder(path))
+                told = True
+            time.sleep(0.2)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+class Held(Exception):
+    """Another process has a lock; says which."""
+
+
 def is_locked(path: Path) -> bool:
     """Whether a process holds the lock that a file stands for."""
     try:
@@ -39,3 +81,15 @@ def is_locked(path: Path) -> bool:
     except BlockingIOError:
         return True
     return False
+
+
+def _taken(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _holder(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace").strip() or "a process"

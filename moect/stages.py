@@ -84,7 +84,7 @@ def run_stages(stages: list[RunConfig]) -> None:
     from moect.data.batches.loader import check_division
     from moect.train.loop import train
 
-    _, world_size = distributed.start()
+    _, world_size = distributed.start(stages[0].health.timeout_minutes)
     for config in stages:
         check_division(config.train.batch_size, config.train.micro_batch, world_size)
     distributed.on_main(lambda: _check_files(stages))

@@ -72,7 +72,7 @@ class Place:
             "monitor": {"enabled": False},
         }
         for section, changes in sections.items():
-            values[section] = {**values[section], **changes} if isinstance(changes, dict) else changes
+            values[section] = {**values.get(section, {}), **changes} if isinstance(changes, dict) else changes
         return values
 
     def write(self, config: RunConfig) -> Path:

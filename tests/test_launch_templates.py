@@ -15,6 +15,8 @@ import pytest
 import yaml
 from small_runs import REPOSITORY, events, free_port, losses
 
+from moect.errors import ConfigError, Stopped
+from moect.train.checkpoint import list_checkpoints
 from moect.train.loop import train
 
 SBATCH = REPOSITORY / "launch" / "slurm.sbatch"
@@ -25,8 +27,9 @@ LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SRUN = """
 echo "$*" >>"$STUBS/srun.log"
 while [[ "$1" = --* ]]; do shift; done
-SLURM_NODEID=0 "$@" & first=$!
-SLURM_NODEID=1 "$@" & second=$!
+SLURMD_NODENAME=localhost "$@" & first=$!
+SLURMD_NODENAME=node-2 "$@" & second=$!
+echo "$first $second" >"$STUBS/srun.pids"
 code=0
 wait $first || code=$?
 wait $second || code=$?
@@ -34,11 +37,6 @@ exit $code
 """
 SCONTROL = """
 echo "$*" >>"$STUBS/scontrol.log"
-case "$1 $2" in
-    "show hostnames") printf '%s\\n' localhost node-2 ;;
-    "requeue 4711") kill "$(cat "$STUBS/srun.pid")" ;;
-    *) exit 1 ;;
-esac
 """
 
 
@@ -49,7 +47,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def executable(path: Path, text: str) -> None:
-    path.write_text(f"#!/usr/bin/env bash\n{text}")
+    path.write_text(f"#!/bin/bash\n{text}")  # one of these is called bash itself
     path.chmod(0o755)
 
 
@@ -62,7 +60,7 @@ def cluster(tmp_path):
     executable(stubs / "srun", SRUN)
     executable(stubs / "scontrol", SCONTROL)
     env = environment(STUBS=str(stubs), SLURM_SUBMIT_DIR=str(checkout), SLURM_JOB_ID="4711", OMP_NUM_THREADS="1")
-    env |= {"SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_GPUS_ON_NODE": "1", "SLURM_CPUS_PER_TASK": "1"}
+    env |= {"SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_CPUS_PER_TASK": "1"}
     return env | {"PATH": f"{stubs}{os.pathsep}{env['PATH']}", "MASTER_PORT": str(free_port())}
 
 
@@ -78,38 +76,57 @@ def test_slurm_job_trains_on_two_nodes_from_the_last_checkpoint_that_is_there(pl
     assert job.returncode == 0, job.stdout + job.stderr
     assert [(line["step"], line["world_size"]) for line in events(run) if line["event"] == "resume"] == [(3, 2)]
     assert losses(run) == pytest.approx(losses(train(place.config("alone", train=settings))), abs=1e-4)
-    assert len(losses(run)) == 6 and not list(Path(cluster["SLURM_SUBMIT_DIR"]).glob("runs/.hostfile*"))
+    assert len(losses(run)) == 6 and not (Path(cluster["STUBS"]) / "scontrol.log").exists()
 
 
-def test_slurm_job_gives_each_node_the_launcher_with_its_own_number(cluster):
-    executable(Path(cluster["STUBS"]) / "deepspeed", 'echo "$*"; cat "$2"; echo "threads $OMP_NUM_THREADS"\n')
+def test_slurm_job_gives_each_node_a_supervisor_with_its_own_name(cluster):
+    shown = 'echo "$(printf "%q " "$@")threads $OMP_NUM_THREADS"\n'  # in one piece: two write at once
+    executable(Path(cluster["STUBS"]) / "bash", shown)
     env = {key: value for key, value in cluster.items() if key not in ("MASTER_PORT", "OMP_NUM_THREADS")}
-    job = submit(env | {"SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "32"}, "my run.yaml", "train.lr=1e-3")
-    hostfile = Path(env["SLURM_SUBMIT_DIR"]) / "runs" / ".hostfile-4711"
-    address = "--master_addr localhost --master_port 24711"
-    for node in (0, 1):
-        wanted = f"--hostfile {hostfile} --no_ssh --node_rank {node} {address} launch/train.py --config my run.yaml"
-        assert f"{wanted} train.lr=1e-3 resume=auto\n" in job.stdout
-    assert job.stdout.count("localhost slots=4\nnode-2 slots=4\n") == 2 and job.stdout.count("threads 8\n") == 2
-    assert "--kill-on-bad-exit=1" in (Path(env["STUBS"]) / "srun.log").read_text()
+    env |= {"SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "32"}
+    # srun's own command runs in a real bash, what it starts is shown
+    executable(Path(cluster["STUBS"]) / "srun", SRUN.replace('"$@" &', '/bin/bash "${@:2}" &'))
+    command = ["/bin/bash", SBATCH, "my run.yaml", "train.lr=1e-3"]
+    job = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True, timeout=60)
+    for node in ("localhost", "node-2"):
+        wanted = f"launch/supervise.sh --name {node} --address {node} --nodes 2 --slots 4 --port 24711"
+        assert f"{wanted} --config my\\ run.yaml train.lr=1e-3 threads 8\n" in job.stdout, job.stdout + job.stderr
+    options = (Path(env["STUBS"]) / "srun.log").read_text()
+    assert "--no-kill --kill-on-bad-exit=0" in options  # the nodes left go on
 
 
-def test_slurm_job_is_requeued_when_its_time_is_nearly_over(cluster):
-    stubs = Path(cluster["STUBS"])
-    executable(stubs / "srun", 'echo $$ >"$STUBS/srun.pid"\nexec sleep 300\n')
-    process = subprocess.Popen(["bash", SBATCH, "x.yaml"], env=cluster, stdout=subprocess.PIPE, text=True)
-    while not (stubs / "srun.pid").is_file() or not (stubs / "srun.pid").read_text().strip():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGUSR1)
-    out, _ = process.communicate(timeout=60)
-    assert "requeueing job 4711" in out and process.returncode != 0
-    assert (stubs / "scontrol.log").read_text().splitlines() == ["show hostnames node-[1-2]", "requeue 4711"]
+@pytest.mark.slow
+def test_slurm_job_near_its_time_limit_makes_a_checkpoint_and_is_requeued(place, cluster):
+    settings = {"micro_batch": 2, "steps": 5000, "schedule": "constant", "save_every": 5000}
+    path = place.write(place.config(train=settings))
+    out = place.output / "job"
+    with out.open("w") as file:
+        job = subprocess.Popen(["bash", SBATCH, path], env=cluster, cwd="/", stdout=file, stderr=subprocess.STDOUT)
+    run = place.output / "run"
+    while not (run / "log.jsonl").is_file() or not losses(run):
+        assert job.poll() is None, out.read_text()
+        time.sleep(0.05)
+    for pid in _tree(job.pid)[1:]:  # Slurm sends it to every process of the steps; all but the ranks must survive it
+        if "srun" not in Path(f"/proc/{pid}/cmdline").read_text():
+            os.kill(pid, signal.SIGUSR1)
+    assert job.wait(300) == 75, out.read_text()
+    assert (Path(cluster["STUBS"]) / "scontrol.log").read_text() == "requeue 4711\n"
+    stop = [line for line in events(run) if line["event"] == "stop"][0]["step"]
+    assert stop < 5000 and list_checkpoints(run / "checkpoints") == [run / "checkpoints" / f"step-{stop}"]
+
+
+def _tree(pid: int) -> list[int]:
+    """A process and all that descend from it."""
+    import psutil
+
+    return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
 
 
 def test_slurm_job_fails_as_its_training_fails(cluster):
-    executable(Path(cluster["STUBS"]) / "deepspeed", "exit $((SLURM_NODEID * 2))\n")
-    assert submit(cluster, "x.yaml").returncode == 2
+    config = Path(cluster["STUBS"]) / "x.yaml"
+    config.write_text("no_such_key: 1\n")
+    job = submit(cluster, config)
+    assert job.returncode == 2 and "unknown key" in job.stderr
 
 
 @pytest.mark.parametrize(
@@ -134,28 +151,26 @@ def test_slurm_directives_come_before_the_first_command():
 
 
 @pytest.fixture
-def manifest() -> tuple[dict, dict]:
-    """Service and Job."""
-    return tuple(yaml.safe_load_all(KUBERNETES.read_text(encoding="utf-8")))
+def manifest() -> dict:
+    """The Job."""
+    return yaml.safe_load(KUBERNETES.read_text(encoding="utf-8"))
 
 
 def pod(manifest) -> dict:
-    return manifest[1]["spec"]["template"]["spec"]
+    return manifest["spec"]["template"]["spec"]
 
 
 def pod_environment(manifest) -> dict[str, str]:
-    return {entry["name"]: entry["value"] for entry in pod(manifest)["containers"][0]["env"]}
+    """Of the first pod."""
+    entries = pod(manifest)["containers"][0]["env"]
+    return {e["name"]: e.get("value", "127.0.0.1") for e in entries} | {"JOB_COMPLETION_INDEX": "0"}
 
 
-def test_kubernetes_pods_find_one_another(manifest):
-    service, job = manifest
-    assert (service["kind"], job["kind"], job["apiVersion"]) == ("Service", "Job", "batch/v1")
-    name, spec = job["metadata"]["name"], job["spec"]
+def test_kubernetes_job_is_consistent(manifest):
+    spec = manifest["spec"]
+    assert (manifest["kind"], manifest["apiVersion"]) == ("Job", "batch/v1")
     assert spec["completionMode"] == "Indexed" and spec["completions"] == spec["parallelism"]
-    assert service["spec"]["clusterIP"] == "None" and service["spec"]["selector"] == {"job-name": name}
-    assert pod(manifest)["subdomain"] == service["metadata"]["name"]
     env = pod_environment(manifest)
-    assert env["MASTER_ADDR"] == f"{name}-0.{pod(manifest)['subdomain']}"
     assert env["NODES"] == str(spec["completions"])
     assert env["RANKS_PER_NODE"] == str(pod(manifest)["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
     assert all(isinstance(value, str) for value in env.values())
@@ -163,38 +178,45 @@ def test_kubernetes_pods_find_one_another(manifest):
     assert {mount["name"] for mount in pod(manifest)["containers"][0]["volumeMounts"]} == volumes
 
 
-def test_kubernetes_pod_fails_as_a_whole_rather_than_coming_back_alone(manifest):
-    assert manifest[1]["spec"]["backoffLimit"] == 0 and pod(manifest)["restartPolicy"] == "Never"
+def test_kubernetes_pod_comes_back_unless_the_user_must_act(manifest):
+    rules = manifest["spec"]["podFailurePolicy"]["rules"]
+    by_code = {c: r["action"] for r in rules for c in r.get("onExitCodes", {}).get("values", ())}
+    assert by_code == {1: "FailJob", ConfigError.exit_code: "FailJob", Stopped.exit_code: "Ignore"}
+    names = {r["onExitCodes"]["containerName"] for r in rules if "onExitCodes" in r}
+    assert names == {pod(manifest)["containers"][0]["name"]}
+    assert pod(manifest)["restartPolicy"] == "Never"  # which a failure policy demands
+    assert pod(manifest)["terminationGracePeriodSeconds"] > 30
 
 
-def command(manifest, tmp_path: Path, *arguments: str) -> list[str]:
-    """The container's command, with its hostfile in this test's own folder."""
-    words = [
-        word.replace("/tmp/hostfile", f"{tmp_path}/hostfile") for word in pod(manifest)["containers"][0]["command"]
-    ]
-    return [*words, *arguments]
+def command(manifest, *arguments: str) -> list[str]:
+    return [*pod(manifest)["containers"][0]["command"], *arguments]
 
 
-def test_kubernetes_pod_starts_the_launcher_with_its_own_number(manifest, tmp_path):
-    executable(tmp_path / "deepspeed", 'printf "%q " "$@"; echo; cat "$2"\n')
-    env = environment(**pod_environment(manifest), JOB_COMPLETION_INDEX="1") | {"MASTER_ADDR": "localhost"}
+def test_kubernetes_pod_starts_a_supervisor_with_its_own_name(manifest, tmp_path):
+    executable(tmp_path / "bash", 'printf "%q " "$@"\n')
+    env = environment(**pod_environment(manifest) | {"JOB_COMPLETION_INDEX": "1", "POD_IP": "10.0.0.7"})
     env["PATH"] = f"{tmp_path}{os.pathsep}{env['PATH']}"
     arguments = pod(manifest)["containers"][0]["args"]
-    out = subprocess.run(command(manifest, tmp_path, *arguments), env=env, capture_output=True, text=True, check=True)
-    words, *hosts = out.stdout.splitlines()
-    assert hosts == ["moect-0 slots=8", "moect-1 slots=8"]
-    assert shlex.split(words) == [
-        *("--hostfile", f"{tmp_path}/hostfile", "--no_ssh", "--node_rank", "1", "--master_addr", "localhost"),
-        *("--master_port", "29500", "launch/train.py", "--config", *arguments, "resume=auto"),
+    words = command(manifest, *arguments)
+    out = subprocess.run(["/bin/bash", *words[1:]], env=env, capture_output=True, text=True, check=True)
+    assert shlex.split(out.stdout) == [
+        *("launch/supervise.sh", "--name", "moect-1", "--address", "10.0.0.7", "--nodes", "2", "--slots", "8"),
+        *("--config", *arguments),
     ]
 
 
-def test_kubernetes_pod_trains(manifest, place, tmp_path):
-    env = environment(**pod_environment(manifest), JOB_COMPLETION_INDEX="0")
-    env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "NODES": "1", "RANKS_PER_NODE": "1"}
-    env["OMP_NUM_THREADS"] = "1"
-    path = place.write(place.config())
-    made = subprocess.run(
-        command(manifest, tmp_path, str(path)), env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=300
-    )
-    assert made.returncode == 0 and "finished at step 6" in made.stdout, made.stdout + made.stderr
+@pytest.mark.slow
+def test_kubernetes_pod_that_is_asked_to_end_does_so_with_a_checkpoint_and_trains_on_when_it_is_back(manifest, place):
+    env = environment(**pod_environment(manifest) | {"NODES": "1", "RANKS_PER_NODE": "1", "OMP_NUM_THREADS": "1"})
+    path = place.write(place.config(train={"steps": 600, "save_every": 600}))
+    run = place.output / "run"
+    pods = [subprocess.Popen(command(manifest, str(path)), env=env, cwd=REPOSITORY)]
+    while not (run / "log.jsonl").is_file() or not losses(run):
+        assert pods[0].poll() is None
+        time.sleep(0.05)
+    pods[0].terminate()  # as Kubernetes does: the first process, no other
+    assert pods[0].wait(300) == 75
+    stop = [line for line in events(run) if line["event"] == "stop"][0]["step"]
+    pods.append(subprocess.Popen(command(manifest, str(path)), env=env, cwd=REPOSITORY))
+    assert pods[1].wait(300) == 0
+    assert [line["step"] for line in events(run) if line["event"] == "resume"] == [stop] and len(losses(run)) == 600

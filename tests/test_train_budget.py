@@ -166,8 +166,8 @@ def test_the_checkpoint_gone_back_to_has_its_weights_and_the_position_of_now(pla
 
 
 def interrupted_at(monkeypatch, name, count=1):
-    """The run dies when it calls this function of moect.train.budget for the so many-th time."""
-    import moect.train.budget as module
+    """The run dies when it calls this function of moect.train.undo for the so many-th time."""
+    import moect.train.undo as module
 
     plain, calls = getattr(module, name), []
 
@@ -184,7 +184,7 @@ def test_killed_while_it_goes_back_a_run_ends_with_the_same_bits(place, monkeypa
     monitor = {"max_forgetting": LIMIT, "action": "rollback"}
     whole = train(place.config(**sections(**monitor)))
     with monkeypatch.context() as patch:
-        interrupted_at(patch, "_undo_after")
+        interrupted_at(patch, "undo_after")
         with pytest.raises(KeyboardInterrupt):
             train(place.config("killed", **sections(**monitor)))
     run = train(place.config("killed", **sections(**monitor), resume="auto"))

@@ -4,6 +4,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -58,6 +60,7 @@ def compare_with_an_uninterrupted_run(place, run: Path, **sections) -> None:
     assert upto[0] == upto[1] and len(upto[0]) >= 4
 
 
+@pytest.mark.slow  # the harness below does the like, and more of it
 @pytest.mark.parametrize("seed", [0, 1])
 def test_run_killed_at_a_random_step_ends_with_the_bits_of_one_that_was_not(place, seed):
     rng = random.Random(seed)
@@ -100,6 +103,26 @@ def test_run_killed_before_its_first_checkpoint_begins_again(place):
     kill(process)
     assert list_checkpoints(config.folder / "checkpoints") == []
     compare_with_an_uninterrupted_run(place, config.folder, train={"save_every": 5000})
+
+
+def harness(*arguments: str) -> str:
+    """What tests/kill_harness.py says; every run must have ended like the one that was never killed."""
+    command = [sys.executable, str(Path(__file__).with_name("kill_harness.py")), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    assert "every run ended as the one never killed" in result.stdout
+    return result.stdout
+
+
+def test_runs_killed_at_random_moments_end_with_the_bits_of_one_that_was_not():
+    """Inside a write, a rename, a measurement, a line of the log …: see kill_moments.py."""
+    assert "killed " in harness("--moments", "2", "--variants", "plain", "--seed", "0")
+
+
+@pytest.mark.slow
+def test_runs_of_every_variant_killed_at_random_moments_end_with_the_bits_of_one_that_was_not():
+    """Two of each; `python tests/kill_harness.py --moments 50 --seed N` kills more."""
+    assert "killed " in harness("--moments", "14", "--seed", "1")
 
 
 def test_half_a_line_at_the_end_of_the_log_is_not_continued(place):

@@ -137,7 +137,7 @@ def test_log_has_a_line_with_figures_for_every_step_and_one_for_every_event(meas
     of_base, *rest = told
     assert of_base == ("monitor", 0)
     saved = [("checkpoint", 3), *seen(3), ("checkpoint", 6), *seen(6)]
-    assert rest == [("start", 0), *seen(0), *saved, ("end", 6)]
+    assert rest == [("start", 0), *seen(0), *saved, ("base", 6), ("end", 6)]
     assert events(measured)[1]["plan"] == json.loads((measured / "plan.json").read_text())
 
 
@@ -174,8 +174,9 @@ def test_only_the_newest_checkpoints_are_kept(place):
 
 
 def test_run_that_diverges_stops_with_advice_and_makes_no_checkpoint_of_it(place):
-    config = place.config(method="full", train={"lr": 1e30, "warmup": 0, "log_every": 6, "save_every": 1})
-    with pytest.raises(TrainingError, match="the (loss|norm of the gradient) is (nan|inf) at step .: lower train.lr"):
+    train_ = {"lr": 1e30, "warmup": 0, "log_every": 6, "save_every": 1, "keep_last": 0}
+    config = place.config(method="full", train=train_, health={"max_skips": 2, "max_rollbacks": 0})
+    with pytest.raises(TrainingError, match=r"2 steps were skipped in a row \(the last: loss (nan|inf)\).*train.lr"):
         train(config)
     paths = list((config.folder / "checkpoints").iterdir())
     assert len(paths) < 6

@@ -168,19 +168,32 @@ def base_view(model: nn.Module):
         raise UnsupportedModelError("a model trained in full does not hold its base; load the base by itself")
 
 
-def base_fingerprint(config: ModelConfig, seed: int = 0) -> str:
-    """A digest of the base, the same wherever it lies: of its config and safetensors files, or of shape and seed."""
+def base_fingerprint(config: ModelConfig, seed: int = 0, files: dict[str, str] | None = None) -> str:
+    """A digest of the base, the same wherever it lies: of its config and safetensors files, or of shape and seed.
+
+    Args:
+        config: which base.
+        seed: of the weights of a base made from scratch.
+        files: what `base_files` returned; None: it is asked.
+    """
     if config.from_config is not None:
         made = {"from_config": config.from_config, "seed": seed}
         return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
     where_and_who = ("_name_or_path", "transformers_version", "architectures", "dtype", "auto_map")
     values = {k: v for k, v in load_base_config(config).to_dict().items() if k not in where_and_who}
     digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
-    folder = _weights_folder(config)
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    for name, of_file in (base_files(config) if files is None else files).items():
+        digest.update(name.encode() + bytes.fromhex(of_file))
     return digest.hexdigest()
+
+
+def base_files(config: ModelConfig) -> dict[str, str]:
+    """The sha256 of each of the base's safetensors files, by name, in order; none of a base made from scratch."""
+    files = {}
+    for path in sorted(_weights_folder(config).glob("*.safetensors")) if config.from_config is None else ():
+        with path.open("rb") as file:
+            files[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return files
 
 
 def lora_layers(model: nn.Module) -> list[nn.Module]:

@@ -14,13 +14,16 @@ from moect.train.checkpoint import damage, list_checkpoints, step_of
 log = logging.getLogger("moect.checkpoint")
 
 
-def best_checkpoint(run_folder: Path, config: RunConfig, sound: bool = False) -> Verdict | None:
+def best_checkpoint(
+    run_folder: Path, config: RunConfig, sound: bool = False, before: int | None = None
+) -> Verdict | None:
     """The verdict on it; None where none was measured and is within the budget, or measurements are damaged.
 
     Args:
         run_folder: the run's folder.
         config: the run's.
         sound: pass damaged checkpoints over, and say so; to know, every file of the best one is read.
+        before: only among the measurements of steps before this one; None: among all.
     """
     folder = Path(run_folder) / "checkpoints"
     steps = [step_of(path) for path in list_checkpoints(folder)]
@@ -29,6 +32,7 @@ def best_checkpoint(run_folder: Path, config: RunConfig, sound: bool = False) ->
     except DataError as error:
         log.warning("%s; no checkpoint is taken for the best", error)
         return None
+    rows = rows if before is None else [row for row in rows if row["step"] < before]
     while verdict := best(rows, config, steps):
         path = folder / f"step-{verdict.step}"
         fault = damage(path) if sound else None

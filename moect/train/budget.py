@@ -14,44 +14,31 @@ from moect import distributed
 from moect.config import RunConfig
 from moect.data.batches.loader import Loader
 from moect.errors import ForgettingError
-from moect.monitor.rows import Row, drop_rows_after
+from moect.monitor.rows import Row
 from moect.monitor.verdict import Verdict, judge
-from moect.train import checkpoint
 from moect.train.best import best_checkpoint
-from moect.train.folder import RunLog
-from moect.train.write_checkpoint import remove
+from moect.train.undo import Returned, keep_course
 
 log = logging.getLogger("moect.train")
 
 
-class Course(Protocol):
+class Course(Returned, Protocol):
     """What can be done to a run that forgets, and what it is told about itself.
 
     Attributes:
-        config, folder: the run's.
+        config: the run's.
         main: whether this is the rank that speaks.
-        log: told of every verdict and action.
         loader: has the share of replay.
-        step: optimizer steps behind it.
         rollbacks: times that it was sent back.
     """
 
     config: RunConfig
-    folder: Path
     main: bool
-    log: RunLog
     loader: Loader
-    step: int
     rollbacks: int
 
     def go_back(self, path: Path) -> None:
         """Take weights, optimizer and step from a checkpoint; the text goes on from where it is."""
-
-    def save(self) -> None:
-        """Make a checkpoint of the present state."""
-
-    def settle(self) -> None:
-        """Wait until it is complete."""
 
 
 def act(run: Course, rows: list[Row]) -> None:
@@ -122,11 +109,7 @@ def _roll_back(run: Course, why: str) -> None:
         replay=share,
         to=there.step,
     )
-    # First the checkpoint to go on from, with the text's position and the replay of now. Killed before the others are
-    # gone, a run resumes from the one beyond the limit, judges it again and comes here again, with the same values.
-    run.save()
-    run.settle()
-    distributed.on_main(lambda: _undo_after(run.folder, there.step))
+    keep_course(run)  # killed in it, a run resumes from the checkpoint beyond the limit, and judges it again
 
 
 def _end(run: Course, there: Verdict | None, why: str) -> ForgettingError:
@@ -150,11 +133,3 @@ def _more_replay(run: Course) -> float | None:
     monitor, now = run.config.monitor, run.loader.replay
     share = min(monitor.max_replay, now * monitor.replay_factor)
     return share if share > now else None
-
-
-def _undo_after(folder: Path, step: int) -> None:
-    """Measurements and checkpoints of later steps are of a course that is not taken any more."""
-    drop_rows_after(folder / "monitor", step)
-    for path in checkpoint.list_checkpoints(folder / "checkpoints"):
-        if checkpoint.step_of(path) > step:
-            remove(path)

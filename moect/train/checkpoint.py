@@ -30,12 +30,15 @@ from moect.model.append import is_appended_tensor
 FORMAT = 2
 READS = (1, FORMAT)  # 1: one file of each kind, as one rank writes them
 INFO = "checkpoint.json"
+FILE = r"[a-z]+(-\d+-of-\d+)?\.safetensors"
+NEEDED = {"step": int, "base_fingerprint": str, "config": dict, "files": dict}
+COUNTS = ("step", "world_size", "rollbacks", "health_rollbacks", "optimizer_steps", "skips_in_row")
 log = logging.getLogger("moect.checkpoint")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
-    found = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit()]
+    found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-(0|[1-9][0-9]*)", p.name) and p.is_dir()]
     return sorted(found, key=lambda path: -step_of(path))
 
 
@@ -78,6 +81,8 @@ def damage(path: Path, part: int = 0, parts: int = 1) -> str | None:
                 return f"{name} is damaged (its checksum differs)"
     except CheckpointError as error:
         return str(error).removeprefix(f"{path}: ")
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
     except OSError as error:
         return f"{Path(error.filename).name if error.filename else 'a file'} cannot be read: {error.strerror}"
     return None
@@ -91,16 +96,34 @@ def read_info(path: Path) -> dict:
     """
     try:
         info = json.loads((path / INFO).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: {INFO} is missing") from error
     except OSError as error:
         raise CheckpointError(f"{path}: {INFO} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: {INFO} is damaged (not valid JSON)") from error
     if not isinstance(info, dict) or info.get("format") not in READS or not isinstance(info.get("files"), dict):
         formats = " and ".join(map(str, READS))
         raise CheckpointError(f"{path}: {INFO} is not of format {formats}, which this version of moect reads")
     if info.pop("sha256", None) != values_digest(info):
         raise CheckpointError(f"{path}: {INFO} is damaged (its checksum differs)")
+    if fault := _fault_of_values(info):
+        raise CheckpointError(f"{path}: {INFO} is damaged ({fault})")
     return info
+
+
+def _fault_of_values(info: dict) -> str | None:
+    """What no checkpoint can have, whatever its checksum says; or None."""
+    for key, kind in NEEDED.items():
+        if not isinstance(info.get(key), kind) or isinstance(info.get(key), bool):
+            return f"`{key}` is {'not there' if key not in info else 'no ' + kind.__name__}"
+    for key in COUNTS:
+        if key in info and (not isinstance(info[key], int) or isinstance(info[key], bool) or info[key] < 0):
+            return f"`{key}` is no count"
+    for name, digest in info["files"].items():
+        if not re.fullmatch(FILE, name) or not isinstance(digest, str):
+            return f"`files` has {name!r}"
+    return None
 
 
 def module_digest(info: dict) -> str:

@@ -11,6 +11,7 @@ from moect.config import TrainConfig
 from moect.errors import ConfigError
 from moect.model.moe_ffn import MoEFFN
 from moect.model.partition import full_shape
+from moect.train import state
 from moect.train.objective import Objective
 
 BUCKET = 500_000_000  # numbers that ranks exchange at once, at most; DeepSpeed's default
@@ -30,7 +31,7 @@ def make_engine(objective: Objective, train: TrainConfig, world_size: int):
         objective.model.activation_checkpointing_enable({"use_reentrant": False})
     if train.zero_stage == 3 and objective.modules_L:
         _fetch_modules_whole(objective)
-    # learning rate 0 until the loop sets it: DeepSpeed may take a step of its own to allocate the optimizer's state
+    # learning rate 0 until the loop sets it: before that, steps are taken to allocate the optimizer's state
     optimizer = torch.optim.AdamW(
         groups, lr=0.0, betas=tuple(train.betas), eps=train.eps, fused=torch.cuda.is_available()
     )
@@ -40,8 +41,7 @@ def make_engine(objective: Objective, train: TrainConfig, world_size: int):
         model_parameters=[p for group in groups for p in group["params"]],
         config=deepspeed_config(train, world_size, sum(full_shape(p).numel() for g in groups for p in g["params"])),
     )
-    for state in optimizer.state.values():
-        state["step"].zero_()  # and that step does not count
+    state.wake_optimizer(engine)
     return engine
 
 
@@ -51,7 +51,8 @@ def deepspeed_config(train: TrainConfig, world_size: int, trains: int = BUCKET) 
         "train_batch_size": train.batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": train.batch_size // (train.micro_batch * world_size),
-        "gradient_clipping": train.clip,
+        # without ZeRO in fp32 it clips without keeping the norm: the loop does it
+        "gradient_clipping": 0.0 if clips_itself(train) else train.clip,
         "bf16": {"enabled": train.precision == "bf16"},
         # DeepSpeed allocates the whole bucket, however little there is to go through it
         "zero_optimization": {"stage": train.zero_stage, "reduce_bucket_size": min(BUCKET, trains)},
@@ -62,6 +63,11 @@ def deepspeed_config(train: TrainConfig, world_size: int, trains: int = BUCKET) 
     if train.zero_stage or train.precision == "fp32":  # DeepSpeed has no fp32 accumulation for bf16 without ZeRO
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
+
+
+def clips_itself(train: TrainConfig) -> bool:
+    """Whether the loop computes and clips the gradient's norm, which DeepSpeed does elsewhere."""
+    return train.zero_stage == 0 and train.precision == "fp32"
 
 
 def _fetch_modules_whole(objective: Objective) -> None:

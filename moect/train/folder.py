@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import socket
@@ -78,8 +79,8 @@ def _sees(folder: Path, name: str) -> bool:
 class RunLog:
     """log.jsonl: one JSON object a line, appended and flushed. Written by the main rank only.
 
-    A line has either `step` and figures, or `event`. After an event `resume` at step N, earlier lines of steps beyond N
-    are superseded: readers skip them.
+    A line has either `step` and figures, or `event`. A figure that is not finite is null. After an event `resume` or
+    `rollback` at step N, earlier lines of steps beyond N are superseded: readers skip them.
     """
 
     def __init__(self, folder: Path, enabled: bool):
@@ -92,13 +93,22 @@ class RunLog:
     def write(self, **values) -> None:
         """Append one line."""
         if self._file:
-            self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
+            self._file.write(json.dumps(_valid(values), ensure_ascii=False, allow_nan=False) + "\n")
             self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
         if self._file:
             self._file.close()
+
+
+def _valid(value):
+    """The same with null for numbers that JSON does not have: NaN and the infinities."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _valid(v) for key, v in value.items()}
+    return [_valid(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _free_name(folder: Path, stem: str, suffix: str) -> Path:

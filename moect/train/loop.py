@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 
 import torch
@@ -20,24 +21,30 @@ from moect.data.batches.loader import Loader
 from moect.data.reading.evaluation import load_evaluation
 from moect.data.vocabulary.extended_tokenizer import extension_of
 from moect.data.vocabulary.tokenizer import keep_tokenizer, load_tokenizer, run_tokenizer
-from moect.errors import Stopped
+from moect.errors import ForgettingError, Stopped
 from moect.model.append import modules_of
-from moect.model.build import DTYPES, base_fingerprint, build_model, load_base_config
+from moect.model.build import DTYPES, base_files, base_fingerprint, build_model, load_base_config
 from moect.monitor.forgetting import ForgettingMonitor
 from moect.monitor.measuring.cost import token_lengths
 from moect.plan import make_plan, render
-from moect.train import checkpoint
+from moect.train import base_proof, checkpoint
 from moect.train.budget import act
 from moect.train.engine import deepspeed_config, make_engine
 from moect.train.folder import RunLog, check_shared, open_folder
+from moect.train.health.ranks import check_ranks
+from moect.train.health.rollback import roll_back
+from moect.train.health.watchdog import Watchdog
 from moect.train.meters import Meter, duration, greatest_peak_memory, peak_flops, reset_peak_memory
 from moect.train.objective import Objective
-from moect.train.restore import begin_from, find_origin, go_back
+from moect.train.restore import begin_from, find_origin, finish_save, go_back
+from moect.train.run_lock import only_training
 from moect.train.saver import Saver
 from moect.train.signals import Signals
 from moect.train.step import Steps
 from moect.train.token_rows import decide_rows, extension_digest
 from moect.train.watch import Watch
+
+log = logging.getLogger("moect.train")
 
 
 def train(config: RunConfig) -> Path:
@@ -50,13 +57,21 @@ def train(config: RunConfig) -> Path:
 
     Raises:
         MoectError: whatever the user can put right.
+        RankLost: another rank does not answer, or has failed.
     """
-    rank, world_size = distributed.start()
-    run = Run(config, rank, world_size)
-    try:
-        run.go()
-    finally:
-        run.close()
+    rank, world_size = distributed.start(config.health.timeout_minutes)
+    run = None
+    with only_training(config):
+        try:
+            run = Run(config, rank, world_size)
+            run.go()
+        except Exception as error:
+            if (explained := distributed.explained(error, run and run.step)) is error:
+                raise
+            raise explained from error
+        finally:
+            if run:
+                run.close()
     return run.folder
 
 
@@ -82,7 +97,8 @@ class Run:
             texts = distributed.main_first(lambda: load_evaluation(config.data, cache))
         zero3 = deepspeed_config(config.train, world_size) if config.train.zero_stage == 3 else None
         self.folder = config.folder
-        self.fingerprint = base_fingerprint(config.model, config.seed)
+        files = base_files(config.model)
+        self.fingerprint = base_fingerprint(config.model, config.seed, files)
         self.origin = find_origin(config, self.fingerprint, self.extension, self.loader)
         rows = distributed.on_main(
             lambda: decide_rows(config, self.loader.stores, vocab_size, self.origin.checkpoint, self.origin.start)
@@ -90,6 +106,8 @@ class Run:
         model = build_model(config, zero3=zero3, rows=rows, extension=self.extension)
         # a divided parameter is empty
         shapes = build_model(config, meta=True, rows=rows, extension=self.extension) if zero3 else model
+        # before DeepSpeed gives all ranks the weights of rank 0
+        check_ranks(model, f"{config.folder}: as built", everything=True)
         samples = self.loader.samples(self.tokenizer)
         # of what is drawn already and of the shares from here on
         held_out = token_lengths(texts, self.tokenizer)
@@ -119,12 +137,15 @@ class Run:
         self.writer = _tensorboard(self.folder) if self.main else None
         self.objective = Objective(model, config)
         self.engine = make_engine(self.objective, config.train, world_size)
+        self.base = base_proof.BaseProof(config, model, files, self.fingerprint)
         self.watch = Watch(monitor, config, self.log, self.writer) if monitor else None
         self.steps = Steps(config, self.engine, self.objective, self.loader, rank, world_size)
         self.saver = Saver(config, self.engine, rank, world_size, self._saved)
         self.signals = Signals(tell=self.main)
         self.step = 0
         self.rollbacks = 0  # times that the budget has sent the run back
+        self.health_rollbacks = 0  # times that skipped steps have
+        self.watchdog = Watchdog(self.folder, rank, config.health.hang_minutes)
 
     def go(self) -> None:
         """The run: from step 0 or the last checkpoint, to the last step, `stop_after` or a signal.
@@ -137,6 +158,7 @@ class Run:
         if self.main:
             self._announce()
         distributed.on_main(lambda: self.saver.check_space())
+        self.watchdog.beat("the measurement of the base")
         if self.watch:
             self.watch.measure_base(self.objective.model)
         self._begin()
@@ -144,8 +166,13 @@ class Run:
         if self.step >= end < train.steps:
             self._say(f"nothing to do: train.stop_after is {train.stop_after}; raise it, or leave it out")
         with self.signals:
-            self._train_until(end)
-            self.saver.settle()
+            try:
+                self._train_until(end)
+                self.saver.settle()
+            except ForgettingError:
+                self._prove_base()
+                raise
+        self._prove_base()
         done = self.step == train.steps
         self.log.write(event="end" if done else "stop", step=self.step)
         if self.watch and self.main:
@@ -178,9 +205,14 @@ class Run:
         reset_peak_memory(self.engine.device)
         while self.step < end:
             meter.start_step()
+            self.watchdog.beat(f"step {self.step + 1}")
             self.steps.take(self.step, self.signals.notes() | self.saver.notes())
             self.step += 1
             meter.end_step()
+            if self.steps.fault and self._skipped(self.steps.fault):
+                continue
+            if (every := self.config.health.check_ranks_every) and self.step % every == 0:
+                self._check_ranks()
             if self.step % train.log_every == 0 or self.step == end:
                 self._report(meter)
             self.saver.settle_if_written(self.steps.notes)
@@ -193,6 +225,20 @@ class Run:
                 if stop or self._asked_to_stop():
                     self._stop()
 
+    def _skipped(self, why: str) -> bool:
+        """Tell of a skipped step, and go back if it was one too many; whether the run has."""
+        in_row = self.steps.judge.skips_in_row
+        self.log.write(event="skip", step=self.step, why=why, in_row=in_row)
+        if self.main:
+            log.warning("step %d is skipped: %s", self.step, why)
+        if in_row < self.config.health.max_skips:
+            return False
+        roll_back(self, in_row, why)
+        return True
+
+    def _check_ranks(self) -> None:
+        check_ranks(self.objective.model, f"{self.folder}: at step {self.step}")
+
     def _asked_to_stop(self) -> bool:
         """Whether any rank has received a signal, where no step carries the word."""
         asked = torch.tensor(float(self.signals.received is not None), device=self.engine.device)
@@ -201,14 +247,22 @@ class Run:
 
     def _stop(self) -> None:
         self.saver.settle()
+        self._prove_base(files=False)  # who sent the signal may not wait for gigabytes to be read
         name = self.signals.received or "a signal on another rank"
         self.log.write(event="stop", step=self.step, signal=name)
         error = Stopped(f"{self.folder}: by {name} at step {self.step}, with a checkpoint; go on with resume=auto")
         error.told_by_main_rank = not self.main
         raise error
 
+    def _prove_base(self, files: bool = True) -> None:
+        """Say that the base is what it was at the start, or raise the error that it is not."""
+        proof = self.base.prove(files)
+        self.log.write(**proof, step=self.step)
+        self._say(base_proof.told(proof))
+
     def close(self) -> None:
         """Close the run's files, end its worker processes, and let go of DeepSpeed's hooks."""
+        self.watchdog.close()
         self.loader.close()
         self.log.close()
         if self.writer:
@@ -239,17 +293,23 @@ class Run:
 
     def save(self) -> None:
         """A checkpoint of everything that the next step depends on."""
+        self.watchdog.beat(f"the checkpoint of step {self.step}")
+        self._check_ranks()  # nothing is made of weights that differ
         peak = greatest_peak_memory(self.engine.device)
         buffers = {name: b.detach().cpu().clone() for name, b in checkpoint.module_buffers(self.objective.model)}
-        extra = {"module": buffers, "trainer": {"load_LE": self.objective.load_LE.clone()}}
+        load_LE = self.objective.load_LE.to("cpu", copy=True)
+        extra = {"module": buffers, "trainer": {"load_LE": load_LE, **self.steps.judge.tensors()}}
         info = {
             "moect": moect.__version__,
             "base_fingerprint": self.fingerprint,
+            "base_memory": self.base.memory,
             "began_from": self.origin.began_from,
             "extension": extension_digest(self.extension),
             "data": self.loader.state_dict(),
             "world_size": self.world_size,
             "rollbacks": self.rollbacks,
+            "health_rollbacks": self.health_rollbacks,
+            **self.steps.judge.values(),
             "peak_memory": peak,
             "config": dataclasses.asdict(self.config),
         }
@@ -266,10 +326,14 @@ class Run:
 
     def _resume(self, path: Path) -> None:
         """Go back to a checkpoint."""
+        self.base.check_resumed(self.origin.info, str(path))
+        self.watchdog.beat(f"going back to {path.name}")
         self.go_back(path)
+        distributed.on_main(lambda: finish_save(self.config, self.step))
         if self.watch:
             self.watch.forget_after(self.step)
         self.rollbacks = self.origin.info.get("rollbacks", 0)
+        self.health_rollbacks = self.origin.info.get("health_rollbacks", 0)
         changed = self.origin.changed
         self.log.write(event="resume", step=self.step, world_size=self.world_size, changed=changed)
         self._say(f"resumed from {path}" + "".join(f"\n  changed: {line}" for line in changed))
@@ -284,9 +348,10 @@ class Run:
 
     def _measure(self, again: bool = True) -> None:
         """Measure this step, or take what was measured, and do what follows from it."""
+        self.watchdog.beat(f"the measurement of step {self.step}")
         rows = self.watch and self.watch.measure(self.objective.model, self.step, again)
-        self.saver.settle()  # what follows may depend on which checkpoints there are
         if rows:
+            self.saver.settle()  # what follows may depend on which checkpoints there are
             act(self, rows)
 
     def _announce(self) -> None:

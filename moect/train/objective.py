@@ -27,12 +27,13 @@ from moect.model.record import ForwardRecord
 
 @dataclass
 class StepCounts:
-    """Tokens of a whole optimizer step, over all ranks and accumulation steps."""
+    """Tokens of a whole optimizer step, over all ranks and accumulation steps; numbers or int64 tensors without shape,
+    which the device need not be waited for."""
 
-    labels: int
-    valid: int
-    old: int
-    new: int
+    labels: int | Tensor
+    valid: int | Tensor
+    old: int | Tensor
+    new: int | Tensor
 
 
 class Objective(nn.Module):
@@ -40,7 +41,7 @@ class Objective(nn.Module):
 
     Attributes:
         model: the causal LM.
-        load_LE: fp64, share of assignments each expert had in the step before; uniform at the start.
+        load_LE: fp64, share of assignments each expert had in the last step that was taken; uniform at the start.
         sums: what the micro-batches of this step added up to on this rank, by name; fp64, without gradient.
     """
 
@@ -78,7 +79,7 @@ class Objective(nn.Module):
             record.gate_logit_T,
         )
         self._add("cross_entropy", cross_entropy)
-        loss = cross_entropy / max(counts.labels, 1)
+        loss = cross_entropy / _some(counts.labels)
         if self.modules_L:
             loss = loss + self._module_losses(record, role.flatten(), counts)
         return loss * scale
@@ -104,9 +105,14 @@ class Objective(nn.Module):
             old, new = gate_sums(record.gate_logit_T, role_T)
             self._add("gate_old", old)
             self._add("gate_new", new)
-            loss = loss + weights.gate * (old / max(counts.old, 1) + new / max(counts.new, 1))
+            loss = loss + weights.gate * (old / _some(counts.old) + new / _some(counts.new))
         return loss
 
     def _add(self, name: str, value: Tensor) -> None:
         value = value.detach().double()
         self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+
+def _some(count: int | Tensor) -> int | Tensor:
+    """To divide by."""
+    return count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1)

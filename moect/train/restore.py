@@ -18,10 +18,12 @@ from moect.data.vocabulary.extended_tokenizer import Extension
 from moect.errors import CheckpointError
 from moect.model.partition import full_shape
 from moect.train import checkpoint, state
+from moect.train.best import best_checkpoint
+from moect.train.health.judge import steps_taken
 from moect.train.resume import check_same_run, check_same_start, check_start
-from moect.train.step import Steps, arguments
+from moect.train.step import Steps
 from moect.train.token_rows import IDS, check_extension, widen_rows
-from moect.train.write_checkpoint import put_back
+from moect.train.write_checkpoint import clear, put_back, rotate
 
 log = logging.getLogger("moect.checkpoint")
 
@@ -74,8 +76,18 @@ def find_sound(run_folder: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    folder, world_size = run_folder / "checkpoints", dist.get_world_size()
-    for path in distributed.on_main(lambda: checkpoint.list_checkpoints(folder)):
+    folder = run_folder / "checkpoints"
+    path = newest_sound(distributed.on_main(lambda: checkpoint.list_checkpoints(folder)))
+    if path is None:
+        raise CheckpointError(f"{folder}: no usable checkpoint; has the run saved one yet (train.save_every)?")
+    return path
+
+
+def newest_sound(paths: list[Path]) -> Path | None:
+    """The first undamaged one of some checkpoints, the same on all ranks; they look together, each at a part of the
+    files. None: there is none."""
+    world_size = dist.get_world_size()
+    for path in paths:
         faults = [None] * world_size
         dist.all_gather_object(faults, checkpoint.damage(path, dist.get_rank(), world_size))
         fault = next(filter(None, faults), None)
@@ -83,7 +95,20 @@ def find_sound(run_folder: Path) -> Path:
             return path
         if distributed.is_main():
             log.warning("%s: %s; trying the checkpoint before it", path, fault)
-    raise CheckpointError(f"{folder}: no usable checkpoint; has the run saved one yet (train.save_every)?")
+    return None
+
+
+def finish_save(config: RunConfig, step: int) -> None:
+    """Do what a kill may have left undone of a save: delete what it superseded, and its own left-overs.
+
+    Args:
+        config: the run's.
+        step: of the checkpoint that was saved, and is sound. It was not measured then.
+    """
+    folder = config.folder / "checkpoints"
+    clear(folder)
+    best = best_checkpoint(config.folder, config, before=step)
+    rotate(folder, config.train.keep_last, step, keep=best and best.step, keep_every=config.train.keep_every)
 
 
 def begin_from(path: Path, steps: Steps) -> None:
@@ -97,15 +122,22 @@ def begin_from(path: Path, steps: Steps) -> None:
 
 
 def go_back(path: Path, steps: Steps) -> dict:
-    """Take weights, optimizer and expert load from a checkpoint of this run; the text goes on from where it is.
+    """Take what the next step depends on from a checkpoint of this run, but the text, which goes on from where it is.
 
     Returns:
         Its plain values.
     """
     info = checkpoint.read_info(path)
     tensors = checkpoint.Tensors(path, "module", "optimizer")
-    _put(tensors, tensors.shapes, info["step"], path, steps)
-    steps.objective.load_LE = checkpoint.read_tensors(path, "trainer")["load_LE"]
+    _put(tensors, tensors.shapes, steps_taken(info), path, steps)
+    trainer = checkpoint.read_tensors(path, "trainer")
+    load_LE = trainer.get("load_LE")
+    if load_LE is None or load_LE.shape != steps.objective.load_LE.shape:
+        raise CheckpointError(f"{path}: of another model: its expert load is not there or has another shape")
+    steps.objective.load_LE = load_LE.to(steps.engine.device)
+    steps.judge.load(trainer, info)
+    if steps.loader.mixture.segments[-1].row > info["data"]["rows"]:  # the mixture has changed since
+        steps.judge.forget()
     return info
 
 
@@ -118,7 +150,7 @@ def _go_on(path: Path, config: RunConfig, fingerprint: str, extension: Extension
     changed = check_same_run(info, config, fingerprint, str(path))
     check_same_start(info, config, str(path))
     check_extension(info, extension, str(path))
-    loader.load_state_dict(info["data"])
+    loader.load_state_dict(info.get("data"))
     return Origin(path, None, info.get("began_from"), changed, info)
 
 
@@ -126,23 +158,21 @@ def _begin_with(path: Path, config: RunConfig, fingerprint: str, extension: Exte
     info = checkpoint.read_info(path)
     check_start(info, config, fingerprint, str(path))
     check_extension(info, extension, str(path))
-    loader.go_on_after(info["data"])
+    try:
+        loader.go_on_after(info["data"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its data position is damaged; start from another run") from error
     return Origin(None, path, checkpoint.module_digest(info))
 
 
 def _put(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], taken: int, path: Path, steps: Steps) -> None:
     """Put masters, moments and buffers into engine and model, as after `taken` optimizer steps."""
-    engine, objective, loader = steps.engine, steps.objective, steps.loader
+    engine, objective = steps.engine, steps.objective
     buffers = dict(checkpoint.module_buffers(objective.model))
     wanted = {name: full_shape(p) for name, p in state.trainable_parameters(engine)}
     wanted |= {f"{m}.{name}": shape for name, shape in wanted.items() for m in state.MOMENTS}
     wanted |= {name: buffer.shape for name, buffer in buffers.items()}
     checkpoint.check_shapes(shapes, wanted, path)
-    position = loader.state_dict()
-    batches = [batch.to(engine.device) for batch in loader.next_step()]
-    state.wake_optimizer(engine, {**arguments(batches[0]), "counts": steps.count(batches), "scale": 1.0})
     state.scatter(engine, tensors, taken)
     for name, buffer in buffers.items():
         buffer.copy_(tensors[name])
-    objective.sums = {}
-    loader.load_state_dict(position)

@@ -61,14 +61,14 @@ def gather(engine, keep: Callable[[str], bool]) -> tuple[dict[str, Tensor], dict
 def scatter(engine, tensors: Mapping[str, Tensor], steps: int) -> None:
     """Put back what `gather` took on all ranks, after `steps` optimizer steps.
 
-    The optimizer must hold state already: call `wake_optimizer` before.
+    The optimizer must hold state already, as `make_engine` leaves it.
     """
     access = _access(engine)
     for name, parameter in trainable_parameters(engine):
         for key in (None, *MOMENTS):
             access.set(parameter, key, tensors[name if key is None else f"{key}.{name}"].to(engine.device))
     access.refresh()
-    for state in _torch_optimizer(engine).state.values():
+    for state in torch_optimizer(engine).state.values():
         if "step" in state:
             state["step"].fill_(steps)
     engine.global_steps = steps
@@ -76,13 +76,30 @@ def scatter(engine, tensors: Mapping[str, Tensor], steps: int) -> None:
     engine.micro_steps = steps * engine.gradient_accumulation_steps()
 
 
-def wake_optimizer(engine, micro_batch: dict) -> None:
-    """Let DeepSpeed and torch allocate the optimizer's state: one step with zero gradients and learning rate."""
-    engine.train()
-    set_learning_rate(engine, 0.0)
-    for _ in range(engine.gradient_accumulation_steps()):
-        engine.backward(engine(**micro_batch) * 0.0)
-        engine.step()
+@torch.no_grad()
+def wake_optimizer(engine) -> None:
+    """Let torch allocate the optimizer's state, as it is before the first step; the learning rate must be 0.
+
+    Else the first step would allocate it, which may be left out, and it is needed to put a checkpoint back. A step with
+    gradients of zero, one tensor at a time.
+    """
+    optimizer = torch_optimizer(engine)
+    groups, inner = optimizer.param_groups, engine.optimizer
+    held = [(group, p) for group in groups for p in group["params"]]
+    if hasattr(inner, "fp32_partitioned_groups_flat"):  # ZeRO 3 lends the optimizer each of these at a step
+        held = [(groups[inner.sub_group_to_group_id[i]], p) for i, p in enumerate(inner.fp32_partitioned_groups_flat)]
+    before = [group["params"] for group in groups]
+    for group in groups:
+        group["params"] = []
+    for group, p in held:
+        grad, p.grad = p.grad, torch.zeros_like(p)
+        group["params"] = [p]
+        optimizer.step()
+        group["params"], p.grad = [], grad
+    for group, parameters in zip(groups, before, strict=True):
+        group["params"] = parameters
+    for state in optimizer.state.values():
+        state["step"].zero_()  # also of the step that DeepSpeed may have taken for the same reason
 
 
 def set_learning_rate(engine, lr: float) -> None:
@@ -153,7 +170,7 @@ class _Replicated:
 
     def __init__(self, engine):
         optimizer = engine.optimizer
-        self.state = _torch_optimizer(engine).state
+        self.state = torch_optimizer(engine).state
         self.masters = {}
         if hasattr(optimizer, "fp32_groups"):
             for low, full in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
@@ -172,7 +189,8 @@ class _Replicated:
             parameter.copy_(master)
 
 
-def _torch_optimizer(engine) -> torch.optim.Optimizer:
+def torch_optimizer(engine) -> torch.optim.Optimizer:
+    """The optimizer that DeepSpeed has wrapped."""
     optimizer = engine.optimizer
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer

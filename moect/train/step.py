@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.distributed as dist
 
 from moect.config import RunConfig
 from moect.data.batches.loader import Loader, MicroBatch
-from moect.errors import TrainingError
 from moect.train import state
+from moect.train.engine import clips_itself
+from moect.train.health.judge import Judge
+from moect.train.health.step_guard import StepGuard
 from moect.train.objective import Objective, StepCounts
 from moect.train.schedule import learning_rate
 
@@ -28,6 +28,8 @@ class Steps:
     Attributes:
         sums: of the last step, over all ranks, by name.
         notes: of the last step, the sums of what the ranks passed on.
+        fault: why the last step was skipped; None: it was taken.
+        judge: decides it.
     """
 
     def __init__(self, config: RunConfig, engine, objective: Objective, loader: Loader, rank: int, world_size: int):
@@ -35,10 +37,15 @@ class Steps:
         self.rank, self.world_size = rank, world_size
         self.sums: dict[str, torch.Tensor] = {}
         self.notes: dict[str, float] = {}
-        self.counts = StepCounts(0, 0, 0, 0)
+        self.counts = StepCounts(*torch.zeros(4, dtype=torch.int64))
+        self.judge = Judge(config.health)
+        self.fault: str | None = None
+        self._guard = StepGuard(state.torch_optimizer(engine))
+        self._notes: dict[str, torch.Tensor] = {}  # those of the sums that became `notes`
+        self._loss = self._norm = 0.0
 
     def take(self, step: int, notes: dict[str, float]) -> None:
-        """One optimizer step over its micro-batches.
+        """One optimizer step over its micro-batches. A bad one is skipped: nothing but the text goes on.
 
         Args:
             step: optimizer steps before it.
@@ -49,46 +56,52 @@ class Steps:
         engine.train()
         torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + self.rank)
         state.set_learning_rate(engine, learning_rate(step, config.train))
+        if self.loader.change:  # losses of another mixture say nothing of this one's
+            self.judge.forget()
         batches = [batch.to(engine.device) for batch in self.loader.next_step()]
         self.counts = self.count(batches)
         # DeepSpeed averages over ranks and accumulation steps; the objective's shares are to be summed
         scale = float(self.world_size * len(batches))
         for number, batch in enumerate(batches, 1):
             engine.backward(engine(**arguments(batch), counts=self.counts, scale=scale))
-            if number == len(batches):  # before the optimizer acts on them
-                self._add_up(notes)
+            if number < len(batches):
+                engine.step()
+        self._add_up(notes)  # before the optimizer acts on them
+        with self._guard.judged(self._judge) as asked:
             engine.step()
-        self._balance()
-        self._check_finite(step + 1)
+        if not asked():  # DeepSpeed left the step out by itself: the norm is not finite
+            self._judge()
+        if self.fault is None:
+            self._balance()
 
     def count(self, batches: list[MicroBatch]) -> StepCounts:
-        """Count a step's tokens over all ranks."""
+        """Count a step's tokens over all ranks; without waiting for the device."""
         labels = sum((b.labels_BS != -100).sum() for b in batches)
         old, new = (sum((b.role_BS == role).sum() for b in batches) for role in (0, 1))
         counts = torch.stack([labels, old, new])
         dist.all_reduce(counts)
-        labels, old, new = counts.tolist()
+        labels, old, new = counts
         return StepCounts(labels=labels, valid=old + new, old=old, new=new)
 
     def grad_norm(self) -> float:
         """Of the last step, before clipping, over all that trains."""
-        return float(self.engine.get_global_grad_norm() or 0.0)
+        return self._norm
 
     def figures(self, step: int) -> dict:
         """The last step's losses over all its tokens, and its expert load; `step` is the number of steps by now."""
-        sums, counts = {name: value.cpu() for name, value in self.sums.items()}, self.counts
+        sums, load_LE = {name: value.cpu() for name, value in self.sums.items()}, self.objective.load_LE.cpu()
+        counts = StepCounts(*torch.stack(list(vars(self.counts).values())).tolist())
         values = {
-            "loss": sums["cross_entropy"].item() / max(counts.labels, 1),
+            "loss": self._loss,
             "lr": learning_rate(step - 1, self.config.train),
             "grad_norm": self.grad_norm(),
             "old_share": counts.old / max(counts.valid, 1),
         }
         if "expert_counts" in sums:
-            load_LE = self.objective.load_LE
             values["greatest_load"] = load_LE.max().item() * load_LE.shape[1]
         if "scores" in sums:
             scores_LE = sums["scores"] / counts.valid
-            values["balance"] = (scores_LE.shape[1] * (self.objective.load_LE * scores_LE).sum(1)).mean().item()
+            values["balance"] = (scores_LE.shape[1] * (load_LE * scores_LE).sum(1)).mean().item()
         if "z" in sums:
             values["z"] = sums["z"].item() / counts.valid
         if "gate_old" in sums:
@@ -103,7 +116,7 @@ class Steps:
         device = self.engine.device
         sums |= {f"note {k}": torch.tensor(v, dtype=torch.float64, device=device) for k, v in notes.items()}
         self.sums = _all_reduced(sums)
-        self.notes = {name: self.sums.pop(f"note {name}") for name in notes}
+        self._notes = {name: self.sums.pop(f"note {name}").reshape(1) for name in notes}
 
     def _balance(self) -> None:
         """Take the step's expert load, over all ranks, to the next step's balance loss or to the selection bias."""
@@ -111,20 +124,31 @@ class Steps:
         if "expert_counts" not in self.sums:
             return
         counts_LE = self.sums["expert_counts"]
-        objective.load_LE = (counts_LE / counts_LE.sum(1, keepdim=True).clamp_min(1)).cpu()
+        objective.load_LE = counts_LE / counts_LE.sum(1, keepdim=True).clamp_min(1)
         if self.config.moe.balance == "bias":
             for moe, counts_E in zip(objective.modules_L, counts_LE, strict=True):
                 step_E = torch.sign(counts_E.mean() - counts_E) * self.config.loss.bias_rate
                 moe.router.selection_bias += step_E.to(moe.router.selection_bias)
 
-    def _check_finite(self, step: int) -> None:
-        """Stop at the first step that went wrong, before a checkpoint is made of it."""
-        for name, value in (("loss", self.sums["cross_entropy"].item()), ("norm of the gradient", self.grad_norm())):
-            if not math.isfinite(value):
-                raise TrainingError(
-                    f"{self.config.folder}: the {name} is {value} at step {step}: lower train.lr or lengthen "
-                    "train.warmup, and go on from the last checkpoint with resume=auto"
-                )
+    def _judge(self) -> bool:
+        """Whether the step is taken. Called where DeepSpeed knows the norm and has waited for it, so that reading here
+        waits for nothing more."""
+        if clips_itself(self.config.train):
+            norm = self._clip()
+        else:
+            norm = self.engine.optimizer._global_grad_norm
+        norm = torch.as_tensor(norm, dtype=torch.float64, device=self.engine.device).reshape(1)
+        loss = (self.sums["cross_entropy"] / self.counts.labels.clamp_min(1)).reshape(1)
+        self._loss, self._norm, *notes = torch.cat([loss, norm, *self._notes.values()]).tolist()
+        self.notes = dict(zip(self._notes, notes, strict=True))
+        self.fault = self.judge.fault(self._loss, self._norm)
+        return self.fault is None
+
+    def _clip(self) -> torch.Tensor:
+        """Clip the gradient, as DeepSpeed would, and return its norm before."""
+        from deepspeed.runtime.utils import clip_grad_norm_
+
+        return clip_grad_norm_(self.objective.parameters(), self.config.train.clip or float("inf"))
 
 
 def arguments(batch: MicroBatch) -> dict:

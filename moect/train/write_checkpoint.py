@@ -43,13 +43,18 @@ def begin(folder: Path, step: int, size: int) -> None:
         CheckpointError: there is no space for it, or the disk refuses.
     """
     try:
-        for mark in (WRITING, GONE):  # left over by a run that was killed; at most one is in flight
-            for left in folder.glob(f"{mark}step-*"):
-                shutil.rmtree(left)
+        clear(folder)  # at most one is in flight
         (folder / f"{WRITING}step-{step}").mkdir(parents=True)
     except OSError as error:
         raise _refused(folder / f"step-{step}", error) from error
     check_space(folder, size)
+
+
+def clear(folder: Path) -> None:
+    """Delete what a run that was killed has left half written or half deleted."""
+    for mark in (WRITING, GONE):
+        for left in folder.glob(f"{mark}step-*"):
+            shutil.rmtree(left)
 
 
 def check_space(folder: Path, size: int) -> None:

@@ -233,7 +233,10 @@ def _parquet_blocks(file: Path, columns: list[str], wished: list[str], place: Pl
                         read = before + size * number // parquet.metadata.num_rows
                         yield Block(str(file), "rows", first, rows, Place(place.file, 0, number), read)
     except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror or error}); check its permissions") from error
+        if error.strerror:
+            raise DataError(f"{file}: cannot be read ({error.strerror}); check its permissions") from error
+        reason = " ".join(str(error).split())  # Arrow's own, of what it could not make out
+        raise DataError(f"{file}: damaged Parquet data after row {number} ({reason}); fetch it again") from error
     except pa.ArrowException as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{file}: damaged Parquet data after row {number} ({reason}); fetch it again") from error

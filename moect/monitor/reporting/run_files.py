@@ -146,8 +146,8 @@ def read_entries(path: Path) -> Log:
     """The lines of log.jsonl that count.
 
     After an event `resume` at step N, earlier lines of steps beyond N are superseded: the steps were made again. So are
-    they after an `action` that rolled back to N; but the actions before it stay, because what they did stays done. A
-    rollback that a crash interrupted, so that the run resumed where it had rolled back from, was none.
+    they after a `rollback` to N, or an `action` that was one; but the actions before it stay, because what they did
+    stays done. A rollback that a crash interrupted, so that the run resumed beyond where it went back to, was none.
 
     Raises:
         DataError: a line without a step.
@@ -168,11 +168,11 @@ def read_entries(path: Path) -> Log:
         step = _step(entry, "step", f"{path}:{number}")
         event, rolled_back = entry.get("event"), _rolled_back(entry)
         if event == "resume" or rolled_back:
-            last = _step(entry, "to", f"{path}:{number}") if rolled_back else step
+            last = _step(entry, "to", f"{path}:{number}") if "to" in entry else step
             superseded |= {e["step"] for e in entries if e.get("event") in MEASURED and e["step"] > last}
-            stays = ("action", "mixture") if rolled_back else ()
+            stays = ("action", "rollback", "mixture") if rolled_back else ()
             before = next((e for e in reversed(entries) if _rolled_back(e)), None)
-            was_none = event == "resume" and before is not None and before.get("from") == step > entries[-1]["step"]
+            was_none = event == "resume" and before is not None and step > entries[-1]["step"]
             entries = [e for e in entries if e["step"] <= last or e.get("event") in stays]
             entries = [e for e in entries if not (was_none and e is before)]
         entries.append(entry)
@@ -191,12 +191,16 @@ def _step(entry: dict, key: str, where: str) -> int:
 
 
 def _rolled_back(entry: dict) -> bool:
-    return entry.get("event") == "action" and entry.get("action") == "rollback" and entry.get("to") is not None
+    """By the budget, or after skipped steps."""
+    by_budget = entry.get("event") == "action" and entry.get("action") == "rollback" and entry.get("to") is not None
+    return by_budget or entry.get("event") == "rollback"
 
 
 def _steps_undone(entry: dict) -> int:
     """By a rollback; logs of before they said where it came from do not know."""
-    return entry["from"] - entry["to"] if _rolled_back(entry) and entry.get("from") is not None else 0
+    return (
+        entry["from"] - entry.get("to", entry["step"]) if _rolled_back(entry) and entry.get("from") is not None else 0
+    )
 
 
 def _has_tokens(entry: dict) -> bool:

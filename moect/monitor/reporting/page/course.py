@@ -29,6 +29,7 @@ DEFINITIONS = {
     "best checkpoint": "the one with the greatest mean gain among those within the limits of `monitor.max_forgetting`; "
     "without limits, among all. Without new languages, the one with the greatest mean retention.",
 }
+FIRST_SKIPS = 3  # skipped steps of which it is told why
 MOST_OF_A_HOST = 8  # ranks; plan.json does not say on how many hosts they were
 
 
@@ -44,6 +45,7 @@ def training(run: RunFiles, plots: Path) -> Section:
     if (share := run.log.monitor_share) is not None:
         said.append(f"The monitor took {share_text(share)} of the time of training and measuring.")
     marks = [(_at(e), str(e.get("action"))) for e in run.log.events("action")]
+    marks += [(_at(e), "rollback") for e in run.log.events("rollback")]
     path = plot_loss(losses, marks, plots / "loss.png")
     alt = "Training loss by step" + "".join(f"; {word} at step {step:,}" for step, word in marks) + "."
     blocks: list[Block] = [Text(" ".join(said)), Picture(path, alt)]
@@ -52,6 +54,10 @@ def training(run: RunFiles, plots: Path) -> Section:
         lines = [[isolated(lang), f"{tokens:,}", share_text(tokens / total)] for lang, tokens in seen.items()]
         head = "tokens drawn, undone ones too" if run.log.steps_undone else "tokens seen"
         blocks.append(Table(["language", head, "share"], lines))
+    if skipped := run.log.events("skip"):
+        why = "; ".join(f"step {e['step']:,}: {e.get('why')}" for e in skipped[:FIRST_SKIPS])
+        more = "" if len(skipped) <= FIRST_SKIPS else f"; and {len(skipped) - FIRST_SKIPS:,} more"
+        blocks.append(Text(f"Steps skipped, their text being passed over: {len(skipped):,} ({why}{more})."))
     if run.log.cut:
         blocks.append(Text(f"{run.log.cut} line(s) of log.jsonl, cut off by a crash, are left out."))
     return Section("training", "Training", blocks)
@@ -74,7 +80,7 @@ def mixture(run: RunFiles) -> Section | None:
 
 
 def actions(run: RunFiles) -> Section | None:
-    """What the run did about forgetting, and measurements that failed."""
+    """What the run did about forgetting and bad steps, and measurements that failed."""
     lines = []
     names = {*run.config.data.languages, *(row["domain"] for row in run.rows)}
     for e in sorted(run.log.events("action"), key=_at):
@@ -86,6 +92,9 @@ def actions(run: RunFiles) -> Section | None:
             "stop": "the run was ended",
         }.get(e.get("action"), str(e.get("action")))
         lines.append([f"{_at(e):,}", done, isolated_in(str(e.get("why") or ""), names)])
+    for e in run.log.events("rollback"):
+        done = f"back to step {e['step']:,}, the text goes on"
+        lines.append([f"{_at(e):,}", done, f"{e.get('skipped')} steps skipped in a row, the last: {e.get('why')}"])
     blocks: list[Block] = [Table(["at step", "what the run did", "why"], lines, 3)] if lines else []
     failed = [[f"{e.get('step', 0):,}", str(e.get("error", ""))] for e in run.log.events("monitor failed")]
     if failed:
