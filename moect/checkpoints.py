@@ -15,9 +15,9 @@ from moect.locks import Held
 from moect.monitor.rows import read_rows
 from moect.monitor.verdict import Verdict, best, verdicts
 from moect.tables import aligned
-from moect.train.checkpoint import INFO, READS, damage, list_checkpoints, read_info, step_of
+from moect.train.checkpoints.reading import INFO, READS, damage, list_checkpoints, read_info, step_of
+from moect.train.checkpoints.writing import ASIDE, GONE, WRITING, remove, superseded
 from moect.train.run_lock import take_lock
-from moect.train.write_checkpoint import ASIDE, GONE, WRITING, remove, superseded
 
 log = logging.getLogger("moect.checkpoint")
 SPOILT = ("is damaged", "is missing")  # what no other version, and no other user, can read either

@@ -12,7 +12,7 @@ import typing
 from pathlib import Path
 
 from moect.config import RunConfig
-from moect.train.resume import FIXED, FREE_MOE
+from moect.train.checkpoints.same_run import FIXED, FREE_MOE
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 COMMAND = "python -m moect.config_reference"

@@ -50,8 +50,8 @@ def evaluate_run(run_folder: Path, checkpoint: str | None = None, overrides: lis
     from moect.model.build import base_fingerprint, build_model
     from moect.monitor.forgetting import ForgettingMonitor
     from moect.monitor.measuring.base import base_of
-    from moect.train.checkpoint import load_module, read_info
-    from moect.train.resume import check_same_run
+    from moect.train.checkpoints.reading import load_module, read_info
+    from moect.train.checkpoints.same_run import check_same_run
     from moect.train.token_rows import check_extension, kept_rows
 
     folder = Path(run_folder)

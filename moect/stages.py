@@ -192,8 +192,8 @@ def is_finished(config: RunConfig) -> bool:
     """Whether a run has ended at its last step, and nothing that decides about its result has changed since: neither
     the configuration, nor its base, nor the run that it went on from."""
     from moect.model.build import base_fingerprint
-    from moect.train.checkpoint import list_checkpoints, read_info
-    from moect.train.resume import check_same_run, check_same_start
+    from moect.train.checkpoints.reading import list_checkpoints, read_info
+    from moect.train.checkpoints.same_run import check_same_run, check_same_start
 
     if not _ended(config):
         return False
@@ -209,8 +209,8 @@ def is_finished(config: RunConfig) -> bool:
 def _changed_since(config: RunConfig) -> str:
     """What is different from when a finished run was made, and came too late; for its line on the screen."""
     from moect.model.build import base_fingerprint
-    from moect.train.checkpoint import list_checkpoints, read_info
-    from moect.train.resume import check_same_run
+    from moect.train.checkpoints.reading import list_checkpoints, read_info
+    from moect.train.checkpoints.same_run import check_same_run
 
     info = read_info(list_checkpoints(config.folder / "checkpoints")[0])
     changed = check_same_run(info, config, base_fingerprint(config.model, config.seed), str(config.folder))
@@ -379,7 +379,7 @@ def _resolve(values: dict, folder: Path, earlier: list[str], where: str) -> None
 
 def _check_origin(config: RunConfig, earlier: list[RunConfig], where: str) -> None:
     """What a stage builds on, or goes on from, can be that."""
-    from moect.train.resume import check_shape
+    from moect.train.checkpoints.same_run import check_shape
 
     for stage in earlier:
         if config.model.base == _export(stage) and stage.method == "moe-ct":

@@ -32,7 +32,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from small_runs import Place, assert_same_bits, free_port, make_inputs  # noqa: E402
 
-from moect.train.checkpoint import list_checkpoints, read_info, step_of  # noqa: E402
+from moect.train.checkpoints.reading import list_checkpoints, read_info, step_of  # noqa: E402
 
 WAIT = 300.0  # seconds that a process may take before it counts as hung
 BASE = {

@@ -113,10 +113,9 @@ class Moments:
     def _watch_writes(self) -> None:
         import safetensors.torch
 
-        from moect.train import write_checkpoint
         from moect.train.folder import RunLog
 
-        sync, save, write_text, write_line = os.fsync, write_checkpoint.save_file, Path.write_text, RunLog.write
+        sync, save, write_text, write_line = os.fsync, writing.save_file, Path.write_text, RunLog.write
 
         def watched_sync(handle):
             self.file("fsync", os.readlink(f"/proc/self/fd/{handle if isinstance(handle, int) else handle.fileno()}"))
@@ -145,7 +144,7 @@ class Moments:
                 self("log", f"half of {values.get('event', 'figures')}", half_a_line)
             return write_line(log, **values)
 
-        os.fsync, write_checkpoint.save_file = watched_sync, watched_save
+        os.fsync, writing.save_file = watched_sync, watched_save
         Path.write_text, RunLog.write = watched_text, watched_line
 
 

@@ -13,7 +13,7 @@ from moect.errors import CheckpointError, ExportError, TrainingError
 from moect.export.merged import export_run
 from moect.model import build
 from moect.train import loop
-from moect.train.checkpoint import read_info, values_digest
+from moect.train.checkpoints.reading import read_info, values_digest
 from moect.train.loop import train
 
 

@@ -11,7 +11,7 @@ from small_runs import Place, checkpoint, copy_run, start
 
 from moect.cli import main
 from moect.errors import TrainingError
-from moect.train.checkpoint import read_info, values_digest
+from moect.train.checkpoints.reading import read_info, values_digest
 from moect.train.loop import train
 from moect.train.run_lock import lock_of, take_lock
 

@@ -20,10 +20,17 @@ from small_runs import tensors as saved_tensors
 from moect import distributed
 from moect.checkpoints import prunable, table, take_stock
 from moect.errors import CheckpointError
-from moect.train.checkpoint import Tensors, damage, find_checkpoint, newest_module_digest, read_info, values_digest
+from moect.train.checkpoints.reading import (
+    Tensors,
+    damage,
+    find_checkpoint,
+    newest_module_digest,
+    read_info,
+    values_digest,
+)
+from moect.train.checkpoints.restore import find_origin
+from moect.train.checkpoints.writing import begin, commit, write_part
 from moect.train.loop import Run, train
-from moect.train.restore import find_origin
-from moect.train.write_checkpoint import begin, commit, write_part
 
 
 @pytest.fixture(scope="module")

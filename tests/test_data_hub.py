@@ -28,7 +28,7 @@ from moect.data.reading.sources import read_documents
 from moect.data.tokens.store import build_store, find_store
 from moect.data_config import DataConfig, EvaluationConfig, SourceConfig
 from moect.errors import DataError
-from moect.train.resume import check_same_run
+from moect.train.checkpoints.same_run import check_same_run
 
 CARD = """---
 configs:

@@ -22,10 +22,10 @@ from moect.data.vocabulary.tokenizer import (
 )
 from moect.errors import CheckpointError, ConfigError
 from moect.export.merged import export_run, trained_model
-from moect.train.checkpoint import read_info
+from moect.train.checkpoints.reading import read_info
+from moect.train.checkpoints.writing import save_checkpoint
 from moect.train.loop import train
 from moect.train.token_rows import planned_rows
-from moect.train.write_checkpoint import save_checkpoint
 
 GATE = {"moe": {"fusion": "add", "experts": 4, "top_k": 2, "language_gate": True}, "loss": {"gate": 1.0}}
 UNSEEN = {"model": {"train_embeddings": "unseen"}}

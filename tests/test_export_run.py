@@ -21,8 +21,8 @@ from moect.export.generate import generate_text
 from moect.export.merged import export_merged, export_run
 from moect.export.verify import check_tensors, greatest_difference, verify
 from moect.model.build import base_fingerprint, build_model, lora_layers
-from moect.train.checkpoint import trained_tensors
-from moect.train.write_checkpoint import save_checkpoint
+from moect.train.checkpoints.reading import trained_tensors
+from moect.train.checkpoints.writing import save_checkpoint
 
 VOCABULARY = 300
 MOE = {"fusion": "gate", "router": "sigmoid", "balance": "bias", "experts": 3}

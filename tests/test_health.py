@@ -152,7 +152,7 @@ def test_after_too_many_skips_the_run_goes_back_to_a_good_checkpoint_and_its_tex
     [
         pytest.param("moect.train.health.rollback.newest_sound", marks=pytest.mark.slow),
         pytest.param("moect.train.loop.go_back", marks=pytest.mark.slow),
-        "moect.train.saver.Saver.save",
+        "moect.train.checkpoints.saver.Saver.save",
         "moect.train.undo.undo_after",
         pytest.param("moect.train.undo.remove", marks=pytest.mark.slow),
     ],

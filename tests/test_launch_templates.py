@@ -16,7 +16,7 @@ import yaml
 from small_runs import REPOSITORY, events, free_port, losses
 
 from moect.errors import ConfigError, Stopped
-from moect.train.checkpoint import list_checkpoints
+from moect.train.checkpoints.reading import list_checkpoints
 from moect.train.loop import train
 
 SBATCH = REPOSITORY / "launch" / "slurm.sbatch"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from small_runs import assert_same_bits, events, start
 
-from moect.train.checkpoint import list_checkpoints, step_of
+from moect.train.checkpoints.reading import list_checkpoints, step_of
 from moect.train.loop import train
 
 SETTINGS = {"steps": 5000, "schedule": "constant", "save_every": 1000, "keep_last": 0}

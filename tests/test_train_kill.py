@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from small_runs import assert_same_bits, events, figures, losses, start
 
-from moect.train.checkpoint import list_checkpoints
+from moect.train.checkpoints.reading import list_checkpoints
 from moect.train.loop import train
 
 # far more steps than any test waits for, under a schedule that they do not change

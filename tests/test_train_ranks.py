@@ -7,7 +7,7 @@ import pytest
 from small_runs import assert_same_bits, checkpoint, events, figures, launch, losses
 
 from moect.config import config_from_dict
-from moect.train.checkpoint import read_info
+from moect.train.checkpoints.reading import read_info
 from moect.train.loop import train
 
 EVERYTHING = {

@@ -12,9 +12,9 @@ from tiny import tiny_model
 from moect.config import load_config
 from moect.data.vocabulary.tokenizer import load_tokenizer
 from moect.errors import CheckpointError
-from moect.train.checkpoint import read_info
+from moect.train.checkpoints.reading import read_info
+from moect.train.checkpoints.writing import save_checkpoint
 from moect.train.loop import train
-from moect.train.write_checkpoint import save_checkpoint
 
 LANGUAGE_GATE = {"fusion": "add", "balance": "bias", "language_gate": True, "experts": 3, "router": "sigmoid"}
 VARIANTS = {

@@ -12,11 +12,11 @@ from small_runs import assert_same_bits, checkpoint, events, free_port, launch, 
 
 from moect.data.batches.loader import Loader
 from moect.errors import CheckpointError, ConfigError
-from moect.train import saver
-from moect.train.checkpoint import Tensors, list_checkpoints, read_info, step_of, values_digest
+from moect.train.checkpoints import saver
+from moect.train.checkpoints.reading import Tensors, list_checkpoints, read_info, step_of, values_digest
+from moect.train.checkpoints.writing import GONE, WRITING, begin, check_space, commit, remove, write_part
 from moect.train.folder import check_shared
 from moect.train.loop import train
-from moect.train.write_checkpoint import GONE, WRITING, begin, check_space, commit, remove, write_part
 
 
 def steps_of(run) -> list[int]:

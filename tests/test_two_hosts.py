@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from small_runs import REPOSITORY, assert_same_bits, events, free_port, launch, losses
 
-from moect.train.checkpoint import list_checkpoints, step_of
+from moect.train.checkpoints.reading import list_checkpoints, step_of
 from moect.train.loop import train
 
 pytestmark = pytest.mark.slow

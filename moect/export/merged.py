@@ -29,9 +29,9 @@ from moect.model.build import DTYPES, base_fingerprint, build_model, merge_lora
 from moect.model.embeddings import rows_of
 from moect.monitor.rows import read_rows
 from moect.monitor.verdict import verdicts
-from moect.train.best import best_checkpoint
-from moect.train.checkpoint import find_checkpoint, list_checkpoints, load_module, read_info, step_of
-from moect.train.resume import check_same_run
+from moect.train.checkpoints.best import best_checkpoint
+from moect.train.checkpoints.reading import find_checkpoint, list_checkpoints, load_module, read_info, step_of
+from moect.train.checkpoints.same_run import check_same_run
 from moect.train.token_rows import check_extension, kept_rows
 
 log = logging.getLogger("moect.export")

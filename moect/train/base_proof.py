@@ -20,7 +20,7 @@ from moect.errors import CheckpointError, MoectError, TrainingError
 from moect.model.append import is_appended_tensor
 from moect.model.build import base_files, base_fingerprint, load_base_config
 from moect.model.partition import full_shape
-from moect.train.checkpoint import values_digest
+from moect.train.checkpoints.reading import values_digest
 
 log = logging.getLogger("moect.train")
 

@@ -16,7 +16,7 @@ from moect.data.batches.loader import Loader
 from moect.errors import ForgettingError
 from moect.monitor.rows import Row
 from moect.monitor.verdict import Verdict, judge
-from moect.train.best import best_checkpoint
+from moect.train.checkpoints.best import best_checkpoint
 from moect.train.undo import Returned, keep_course
 
 log = logging.getLogger("moect.train")

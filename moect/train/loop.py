@@ -27,8 +27,11 @@ from moect.model.build import DTYPES, base_files, base_fingerprint, build_model,
 from moect.monitor.forgetting import ForgettingMonitor
 from moect.monitor.measuring.cost import token_lengths
 from moect.plan import make_plan, render
-from moect.train import base_proof, checkpoint
+from moect.train import base_proof
 from moect.train.budget import act
+from moect.train.checkpoints import reading
+from moect.train.checkpoints.restore import begin_from, find_origin, finish_save, go_back
+from moect.train.checkpoints.saver import Saver
 from moect.train.engine import deepspeed_config, make_engine
 from moect.train.folder import RunLog, check_shared, open_folder
 from moect.train.health.ranks import check_ranks
@@ -36,9 +39,7 @@ from moect.train.health.rollback import roll_back
 from moect.train.health.watchdog import Watchdog
 from moect.train.meters import Meter, duration, greatest_peak_memory, peak_flops, reset_peak_memory
 from moect.train.objective import Objective
-from moect.train.restore import begin_from, find_origin, finish_save, go_back
 from moect.train.run_lock import only_training
-from moect.train.saver import Saver
 from moect.train.signals import Signals
 from moect.train.step import Steps
 from moect.train.token_rows import decide_rows, extension_digest
@@ -296,7 +297,7 @@ class Run:
         self.watchdog.beat(f"the checkpoint of step {self.step}")
         self._check_ranks()  # nothing is made of weights that differ
         peak = greatest_peak_memory(self.engine.device)
-        buffers = {name: b.detach().cpu().clone() for name, b in checkpoint.module_buffers(self.objective.model)}
+        buffers = {name: b.detach().cpu().clone() for name, b in reading.module_buffers(self.objective.model)}
         load_LE = self.objective.load_LE.to("cpu", copy=True)
         extra = {"module": buffers, "trainer": {"load_LE": load_LE, **self.steps.judge.tensors()}}
         info = {
@@ -317,7 +318,7 @@ class Run:
 
     def _saved(self, path: Path, info: dict) -> None:
         """A checkpoint is complete."""
-        self.log.write(event="checkpoint", step=checkpoint.step_of(path), peak_memory=info["peak_memory"])
+        self.log.write(event="checkpoint", step=reading.step_of(path), peak_memory=info["peak_memory"])
         print(f"saved {path}", flush=True)
 
     def settle(self) -> None:

@@ -15,7 +15,7 @@ from moect.data.tokens.store import TokenStore, find_store
 from moect.data.tokens.unseen import unseen_tokens
 from moect.data.vocabulary.extended_tokenizer import Extension, extension_of
 from moect.errors import CheckpointError
-from moect.train.checkpoint import read_module
+from moect.train.checkpoints.reading import read_module
 
 IDS = "model.embed_tokens.rows.ids"  # in a checkpoint; absent where no token has a row of its own
 log = logging.getLogger("moect.train")

@@ -7,9 +7,9 @@ from typing import Protocol
 
 from moect import distributed
 from moect.monitor.rows import drop_rows_after
-from moect.train import checkpoint
+from moect.train.checkpoints import reading
+from moect.train.checkpoints.writing import remove
 from moect.train.folder import RunLog
-from moect.train.write_checkpoint import remove
 
 
 class Returned(Protocol):
@@ -48,6 +48,6 @@ def keep_course(run: Returned, **line) -> None:
 def undo_after(folder: Path, step: int) -> None:
     """Measurements and checkpoints of later steps are of a course that is not taken any more."""
     drop_rows_after(folder / "monitor", step)
-    for path in checkpoint.list_checkpoints(folder / "checkpoints"):
-        if checkpoint.step_of(path) > step:
+    for path in reading.list_checkpoints(folder / "checkpoints"):
+        if reading.step_of(path) > step:
             remove(path)

@@ -14,8 +14,8 @@ from moect import distributed
 from moect.config import RunConfig
 from moect.data.batches.loader import Loader
 from moect.errors import CheckpointError, TrainingError
-from moect.train import checkpoint
-from moect.train.restore import newest_sound
+from moect.train.checkpoints import reading
+from moect.train.checkpoints.restore import newest_sound
 from moect.train.undo import Returned, keep_course
 
 log = logging.getLogger("moect.train")
@@ -70,12 +70,12 @@ def _good(folder: Path, step: int) -> list[Path]:
     """Checkpoints of a run at a step that were made right after a step that was taken, newest first; with those of
     which that cannot be read, whose damage whoever looks at them will tell."""
     good = []
-    for path in checkpoint.list_checkpoints(folder):
+    for path in reading.list_checkpoints(folder):
         try:
-            skips = checkpoint.read_info(path).get("skips_in_row", 0)
+            skips = reading.read_info(path).get("skips_in_row", 0)
         except CheckpointError:
             skips = 0
-        if checkpoint.step_of(path) < step and not skips:  # later ones are of another course
+        if reading.step_of(path) < step and not skips:  # later ones are of another course
             good.append(path)
     return good
 

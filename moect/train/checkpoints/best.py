@@ -9,7 +9,7 @@ from moect.config import RunConfig
 from moect.errors import DataError
 from moect.monitor.rows import read_rows
 from moect.monitor.verdict import Verdict, best
-from moect.train.checkpoint import damage, list_checkpoints, step_of
+from moect.train.checkpoints.reading import damage, list_checkpoints, step_of
 
 log = logging.getLogger("moect.checkpoint")
 

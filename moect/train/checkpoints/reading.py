@@ -8,7 +8,7 @@
                                and of these values themselves
 
 Several ranks write `module-1-of-4.safetensors` and so on, each some of the tensors, whole. Which tensor is in which
-file means nothing. Nothing here is pickled. write_checkpoint.py is the other side.
+file means nothing. Nothing here is pickled. writing.py is the other side.
 """
 
 from __future__ import annotations

@@ -17,13 +17,14 @@ from moect.data.batches.loader import Loader
 from moect.data.vocabulary.extended_tokenizer import Extension
 from moect.errors import CheckpointError
 from moect.model.partition import full_shape
-from moect.train import checkpoint, state
-from moect.train.best import best_checkpoint
+from moect.train import state
+from moect.train.checkpoints import reading
+from moect.train.checkpoints.best import best_checkpoint
+from moect.train.checkpoints.same_run import check_same_run, check_same_start, check_start
+from moect.train.checkpoints.writing import clear, put_back, rotate
 from moect.train.health.judge import steps_taken
-from moect.train.resume import check_same_run, check_same_start, check_start
 from moect.train.step import Steps
 from moect.train.token_rows import IDS, check_extension, widen_rows
-from moect.train.write_checkpoint import clear, put_back, rotate
 
 log = logging.getLogger("moect.checkpoint")
 
@@ -63,7 +64,7 @@ def find_origin(config: RunConfig, fingerprint: str, extension: Extension | None
     if config.resume == "auto":
         folder = config.folder / "checkpoints"
         distributed.on_main(lambda: put_back(folder))
-        if distributed.on_main(lambda: bool(checkpoint.list_checkpoints(folder))):
+        if distributed.on_main(lambda: bool(reading.list_checkpoints(folder))):
             return _go_on(find_sound(config.folder), config, fingerprint, extension, loader)
     if config.model.start:
         return _begin_with(find_sound(Path(config.model.start)), config, fingerprint, extension, loader)
@@ -77,7 +78,7 @@ def find_sound(run_folder: Path) -> Path:
         CheckpointError: there is none.
     """
     folder = run_folder / "checkpoints"
-    path = newest_sound(distributed.on_main(lambda: checkpoint.list_checkpoints(folder)))
+    path = newest_sound(distributed.on_main(lambda: reading.list_checkpoints(folder)))
     if path is None:
         raise CheckpointError(f"{folder}: no usable checkpoint; has the run saved one yet (train.save_every)?")
     return path
@@ -89,7 +90,7 @@ def newest_sound(paths: list[Path]) -> Path | None:
     world_size = dist.get_world_size()
     for path in paths:
         faults = [None] * world_size
-        dist.all_gather_object(faults, checkpoint.damage(path, dist.get_rank(), world_size))
+        dist.all_gather_object(faults, reading.damage(path, dist.get_rank(), world_size))
         fault = next(filter(None, faults), None)
         if fault is None:
             return path
@@ -113,8 +114,8 @@ def finish_save(config: RunConfig, step: int) -> None:
 
 def begin_from(path: Path, steps: Steps) -> None:
     """Take what trains, and nothing else, from another run's checkpoint."""
-    ids = dict(checkpoint.module_buffers(steps.objective.model)).get(IDS)
-    tensors = widen_rows(checkpoint.read_module(path), ids)
+    ids = dict(reading.module_buffers(steps.objective.model)).get(IDS)
+    tensors = widen_rows(reading.read_module(path), ids)
     trains = [name for name, _ in state.trainable_parameters(steps.engine) if name in tensors]
     moments = {f"{m}.{name}": torch.zeros_like(tensors[name]) for name in trains for m in state.MOMENTS}
     tensors |= moments
@@ -127,10 +128,10 @@ def go_back(path: Path, steps: Steps) -> dict:
     Returns:
         Its plain values.
     """
-    info = checkpoint.read_info(path)
-    tensors = checkpoint.Tensors(path, "module", "optimizer")
+    info = reading.read_info(path)
+    tensors = reading.Tensors(path, "module", "optimizer")
     _put(tensors, tensors.shapes, steps_taken(info), path, steps)
-    trainer = checkpoint.read_tensors(path, "trainer")
+    trainer = reading.read_tensors(path, "trainer")
     load_LE = trainer.get("load_LE")
     if load_LE is None or load_LE.shape != steps.objective.load_LE.shape:
         raise CheckpointError(f"{path}: of another model: its expert load is not there or has another shape")
@@ -142,7 +143,7 @@ def go_back(path: Path, steps: Steps) -> dict:
 
 
 def _go_on(path: Path, config: RunConfig, fingerprint: str, extension: Extension | None, loader: Loader) -> Origin:
-    info = checkpoint.read_info(path)
+    info = reading.read_info(path)
     if info["step"] > config.train.steps:
         raise CheckpointError(
             f"{path}: beyond the end, train.steps is {config.train.steps}; raise it to go on from there"
@@ -155,24 +156,24 @@ def _go_on(path: Path, config: RunConfig, fingerprint: str, extension: Extension
 
 
 def _begin_with(path: Path, config: RunConfig, fingerprint: str, extension: Extension | None, loader: Loader) -> Origin:
-    info = checkpoint.read_info(path)
+    info = reading.read_info(path)
     check_start(info, config, fingerprint, str(path))
     check_extension(info, extension, str(path))
     try:
         loader.go_on_after(info["data"])
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: its data position is damaged; start from another run") from error
-    return Origin(None, path, checkpoint.module_digest(info))
+    return Origin(None, path, reading.module_digest(info))
 
 
 def _put(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], taken: int, path: Path, steps: Steps) -> None:
     """Put masters, moments and buffers into engine and model, as after `taken` optimizer steps."""
     engine, objective = steps.engine, steps.objective
-    buffers = dict(checkpoint.module_buffers(objective.model))
+    buffers = dict(reading.module_buffers(objective.model))
     wanted = {name: full_shape(p) for name, p in state.trainable_parameters(engine)}
     wanted |= {f"{m}.{name}": shape for name, shape in wanted.items() for m in state.MOMENTS}
     wanted |= {name: buffer.shape for name, buffer in buffers.items()}
-    checkpoint.check_shapes(shapes, wanted, path)
+    reading.check_shapes(shapes, wanted, path)
     state.scatter(engine, tensors, taken)
     for name, buffer in buffers.items():
         buffer.copy_(tensors[name])

@@ -16,8 +16,8 @@ from moect import distributed
 from moect.config import RunConfig
 from moect.model.partition import full_shape
 from moect.train import state
-from moect.train.best import best_checkpoint
-from moect.train.write_checkpoint import begin, check_space, commit, rotate, write_part
+from moect.train.checkpoints.best import best_checkpoint
+from moect.train.checkpoints.writing import begin, check_space, commit, rotate, write_part
 
 WRITTEN = "written"  # the note of a rank whose part is on the disk
 

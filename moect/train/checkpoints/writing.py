@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moect.errors import CheckpointError
-from moect.train.checkpoint import FORMAT, INFO, file_digest, list_checkpoints, step_of, values_digest
+from moect.train.checkpoints.reading import FORMAT, INFO, file_digest, list_checkpoints, step_of, values_digest
 
 WRITING = ".writing-"  # before the name of a checkpoint that is not complete
 ASIDE = ".replaced-"  # before the name of a checkpoint while another takes its place

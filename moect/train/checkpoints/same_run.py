@@ -6,7 +6,7 @@ import dataclasses
 
 from moect.config import RunConfig, config_from_dict
 from moect.errors import CheckpointError, MoectError
-from moect.train.checkpoint import newest_module_digest
+from moect.train.checkpoints.reading import newest_module_digest
 
 # what decides the meaning of the saved tensors or the order of a corpus: a difference is refused. The shares of the
 # corpora may change: the loader keeps the history of the mixture.

@@ -1,0 +1,1 @@
+"""Checkpoints of a run: written by all ranks, read back, and what belongs to whom."""
