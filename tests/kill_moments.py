@@ -113,6 +113,7 @@ class Moments:
     def _watch_writes(self) -> None:
         import safetensors.torch
 
+        from moect.train.checkpoints import writing
         from moect.train.folder import RunLog
 
         sync, save, write_text, write_line = os.fsync, writing.save_file, Path.write_text, RunLog.write
