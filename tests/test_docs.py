@@ -70,7 +70,7 @@ def check_command(words: list[str]) -> None:
     if words[0] != "moect":
         for script in (word for word in words if re.match(r"(launch|configs)/\w", word)):
             assert (ROOT / script).is_file(), f"there is no {script}"
-        if "-m" in words:
+        if "-m" in words and words[0] == "python":
             assert importlib.util.find_spec(words[words.index("-m") + 1]), f"there is no module for {words}"
     if "launch/train.py" in words:
         if words[0] == "deepspeed":

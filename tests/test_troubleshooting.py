@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md quotes what the code says: each message is looked for in the source."""
+"""docs/troubleshooting.md and docs/operations.md quote what the code says: each message is looked for in the source."""
 
 from __future__ import annotations
 
@@ -10,12 +10,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 FOREIGN = "## Messages of PyTorch and DeepSpeed"
 
 
 def quoted(page: str) -> list[str]:
     """The messages of the tables that precede the section about libraries."""
     return re.findall(r"(?m)^\| `([^`]+)` \|", page.partition(FOREIGN)[0])
+
+
+def shown(page: str) -> list[str]:
+    """What a page shows of a screen: the lines of its blocks of text."""
+    blocks = re.findall(r"(?ms)^```text\n(.*?)^```", page)
+    return [line for block in blocks for line in block.splitlines()]
 
 
 def fixed_texts() -> list[str]:
@@ -48,6 +55,40 @@ def is_said(message: str) -> bool:
 @pytest.mark.parametrize("message", quoted(PAGE))
 def test_the_code_says_what_the_page_quotes(message):
     assert is_said(message), f"no string in moect/ reads {message!r}"
+
+
+@pytest.mark.parametrize("message", quoted(OPERATIONS))
+def test_the_code_says_what_the_runbook_quotes(message):
+    assert is_said(message), f"no string in moect/ reads {message!r}"
+
+
+def could_say(line: str) -> bool:
+    """Whether some string of the source, filled in, is part of a line; one with sixteen letters of its own."""
+    line = line.replace("`", "").removesuffix("…").strip()
+    for text in TEXTS:
+        parts = [part for part in text.split("…") if part]
+        if sum(map(len, parts)) >= 16:
+            whole = ".*".join(map(re.escape, parts))
+            if re.search(whole, line) or (line.endswith(";") and _begins(parts, line)):
+                return True
+    return False
+
+
+def _begins(parts: list[str], line: str) -> bool:
+    """Whether the parts up to somewhere are in a line that was cut off after a semicolon."""
+    said = "".join(parts).split(";")[0] + ";"
+    return len(said) >= 40 and re.search(re.escape(parts[0].strip()), line) is not None
+
+
+@pytest.mark.parametrize("line", shown(OPERATIONS))
+def test_the_code_could_say_what_the_runbook_shows(line):
+    assert could_say(line), f"no string in moect/ gives {line!r}"
+
+
+def test_lines_that_nobody_says_are_found_out():
+    assert len(shown(OPERATIONS)) >= 8 and not could_say(
+        "runs/extend: the frozen base is as it was, in memory and on disk"
+    )
 
 
 def test_the_page_quotes_enough_to_be_worth_a_check():
