@@ -110,7 +110,7 @@ def table(stock: Inventory) -> str:
                 time.strftime("%Y-%m-%d %H:%M", time.localtime(k.saved)) if k.saved else "-",
                 size(k.bytes),
                 str(k.ranks or "-"),
-                f"{v.retention:+.2%}" if v and v.retention is not None else "-",
+                f"{v.retention:.2%}" if v and v.retention is not None else "-",
                 f"{v.gain:+.2%}" if v and v.gain is not None else "-",
                 ("within" if v.within else "beyond") if v else "-",
                 ", ".join([*k.marks, *([k.fault] if k.fault else [])]),
