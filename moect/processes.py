@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from typing import TypeVar
 
@@ -58,8 +59,9 @@ def map_in_order(
     except BrokenProcessPool as error:
         raise DataError(lost) from error
     except BaseException:  # nobody wants what they are working on; a second Ctrl-C would find this one waiting for it
-        for process in list((pool._processes or {}).values()):
-            process.kill()
+        with deaf_to(signal.SIGINT):  # all or none: one that was killed may hold the lock that another waits for
+            for process in list((pool._processes or {}).values()):
+                process.kill()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -87,6 +89,7 @@ def deaf_to(*signals: int) -> Iterator[None]:
 
     Ctrl-C, and a launcher that ends its ranks, reach all processes of a run. What they mean, the rank itself decides.
     """
+    resource_tracker.ensure_running()  # started in here, it would let this thread hear them again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield

@@ -114,7 +114,6 @@ def _roll_back(run: Course, why: str) -> None:
 
 def _end(run: Course, there: Verdict | None, why: str) -> ForgettingError:
     run.log.write(event="action", step=run.step, action="stop", why=why, replay=None, to=None)
-    run.log.write(event="stop", step=run.step)
     exported = (
         f"the best within it is step-{there.step}, which `moect export` takes"
         if there

@@ -162,17 +162,18 @@ class Run:
         self.watchdog.beat("the measurement of the base")
         if self.watch:
             self.watch.measure_base(self.objective.model)
-        self._begin()
-        end = min(train.steps, train.stop_after or train.steps)
-        if self.step >= end < train.steps:
-            self._say(f"nothing to do: train.stop_after is {train.stop_after}; raise it, or leave it out")
-        with self.signals:
-            try:
+        try:
+            self._begin()
+            end = min(train.steps, train.stop_after or train.steps)
+            if self.step >= end < train.steps:
+                self._say(f"nothing to do: train.stop_after is {train.stop_after}; raise it, or leave it out")
+            with self.signals:
                 self._train_until(end)
                 self.saver.settle()
-            except ForgettingError:
-                self._prove_base()
-                raise
+        except ForgettingError:
+            self._prove_base()
+            self.log.write(event="stop", step=self.step)
+            raise
         self._prove_base()
         done = self.step == train.steps
         self.log.write(event="end" if done else "stop", step=self.step)
