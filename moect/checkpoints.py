@@ -83,7 +83,9 @@ def take_stock(run_folder: Path, verify: bool = False) -> Inventory:
     config, folder = _configuration(run_folder), run_folder / "checkpoints"
     by_step, winner_of = _verdicts(run_folder, config)
     kept = [_look(path, by_step, verify) for path in list_checkpoints(folder)]
-    left_over = sorted(p for mark in (WRITING, GONE, ASIDE) for p in folder.glob(f"{mark}step-*"))
+    left_over = [p for mark in (WRITING, GONE, ASIDE) for p in folder.glob(f"{mark}step-*")]
+    # one that was to be replaced, and its place is empty: the only one of its step, which a resume puts back
+    left_over = sorted(p for p in left_over if p.name[: len(ASIDE)] != ASIDE or _place_of(p).exists())
     if not kept and not left_over:
         raise CheckpointError(f"{folder}: no checkpoint is there; has the run saved one yet (train.save_every)?")
     sound = [k for k in kept if not k.fault]
@@ -258,3 +260,7 @@ def _delete(path: Path) -> None:
             shutil.rmtree(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be deleted: {error.strerror or error}; check permissions") from error
+
+
+def _place_of(aside: Path) -> Path:
+    return aside.with_name(aside.name.removeprefix(ASIDE))

@@ -89,7 +89,7 @@ def explained(error: Exception, step: int | None) -> Exception:
         step: the last one that all ranks took together, if any.
     """
     failure = error.__cause__ if isinstance(error, RankLost) else error  # of work that was divided
-    if _roll_call is None or failure is None or isinstance(failure, MoectError):
+    if _roll_call is None or failure is None or isinstance(failure, MoectError) or hasattr(failure, "told_to_all"):
         return error
     return _roll_call.explain(failure, step) or error
 
@@ -144,6 +144,8 @@ def on_main(work: Callable[[], Any]) -> Any:
             told[1] = TrainingError(f"{where}: {error.strerror or error}; check space and permissions")
         except Exception as error:  # a mistake of ours; the others wait for a word all the same
             told[1], mistake = TrainingError(f"{type(error).__name__}: {error}"), error
+            told[1].exit_code = RankLost.exit_code  # nothing that the user could put right
+            error.told_to_all = True
     if dist.is_initialized() and dist.get_world_size() > 1:
         _wait_for_main()
         dist.broadcast_object_list(told, src=0)
@@ -185,6 +187,7 @@ def together(work: Callable[[], Any], divided: bool = False) -> Any:
     said = [None] * dist.get_world_size()
     dist.all_gather_object(said, failure and f"{type(failure).__name__}: {failure}")
     if failure:
+        failure.told_to_all = True
         raise failure
     for rank, text in enumerate(said):
         if text:

@@ -50,7 +50,7 @@ class RollCall(threading.Thread):
             error: what this rank's work raised.
             step: the last one that all took together.
         """
-        ours = not _of_communication(error)
+        ours = not of_communication(error)
         self._failure = _line(error) if ours else ""
         self._called = True
         self._wake.set()
@@ -131,7 +131,7 @@ class RollCall(threading.Thread):
         return " and ".join(names)
 
 
-def _of_communication(error: Exception) -> bool:
+def of_communication(error: Exception) -> bool:
     """Whether a failure is one to talk to others. Gloo's have no type of their own; they begin with its source file."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
@@ -140,4 +140,4 @@ def _line(error: Exception) -> str:
     """The first line of a library's text, without the place in its source."""
     first = (str(error).splitlines() or [""])[0]
     first = first.partition("] ")[2] if first.startswith("[/") else first
-    return first[:200] if _of_communication(error) else f"{type(error).__name__}: {first[:200]}"
+    return first[:200] if of_communication(error) else f"{type(error).__name__}: {first[:200]}"

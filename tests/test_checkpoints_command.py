@@ -119,6 +119,13 @@ def test_prune_never_takes_the_newest_whole_one_for_a_damaged_newer_one(run, cap
     assert there(run) == ["step-6"]
 
 
+def test_prune_leaves_the_only_one_of_a_step_that_was_being_replaced(run, capsys):
+    newest, aside = checkpoint(run, 8), run / "checkpoints" / ".replaced-step-8"
+    newest.rename(aside)  # killed between the two renames
+    code, out, _ = command(capsys, run, "--prune", "--keep-last", 1, "--yes")
+    assert code == 0 and aside.is_dir() and ".replaced-step-8" not in out
+
+
 def test_prune_takes_nothing_where_no_checkpoint_is_whole(run, capsys):
     for path in (run / "checkpoints").iterdir():
         flip(path / "module.safetensors")

@@ -449,6 +449,7 @@ def test_a_dataset_of_the_hub_can_be_fetched_whole_and_prepared(tmp_path):
     assert record["documents"] == 4 and record["tokens"] == sum(len(t.split()) + 2 for t in A_TRAIN)
 
 
+@pytest.mark.slow
 def test_two_ranks_read_a_dataset_of_the_hub_once_and_go_on_without_network(place, monkeypatch):
     served_folder = place.output / "served"
     parquet(served_folder / "a" / "train-0.parquet", [WORDS["cy"]] * DOCUMENTS["train"])

@@ -176,6 +176,7 @@ def test_a_rank_that_fails_by_itself_keeps_its_error_and_the_others_tell_of_it()
         assert f"RankLost: rank 2 on {socket.gethostname()} has failed: ValueError: a mistake (last heard" in text
 
 
+@pytest.mark.slow
 def test_ranks_that_do_not_find_one_another_say_where_they_looked():
     port = str(free_port())
     program = "from moect import distributed\ntry:\n distributed.start(0.05)\nexcept Exception as e:\n print(repr(e))"

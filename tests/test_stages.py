@@ -142,6 +142,7 @@ def test_a_base_is_trained_and_extended_by_one_command_and_again_costs_nothing(p
     assert before == {file: file.read_bytes() for run in (base, extend) for file in run.rglob("*.json*")}
 
 
+@pytest.mark.slow
 def test_interrupted_in_either_stage_it_ends_with_the_bits_of_an_uninterrupted_one(place):
     path = write(place, base_then_extension(place))
     run_stages(load_stages(path, ["name=straight"]))

@@ -10,6 +10,7 @@ import shutil
 import pytest
 from small_runs import Place, assert_same_bits, checkpoint, events, figures, launch, tensors
 
+from moect import distributed
 from moect.config import load_config
 from moect.errors import DataError, ExportError, ForgettingError
 from moect.evaluate import evaluate_run
@@ -20,6 +21,7 @@ from moect.stages import load_stages, run_stages
 from moect.train.budget import act
 from moect.train.loop import Run, train
 from moect.train.step import Steps
+from moect.train.undo import keep_course
 
 LIMIT = 0.1  # bits per byte: en is within it at step 2, and not at step 4
 QUICK = {"samples": 0, "resamples": 0}
@@ -274,7 +276,7 @@ def test_measurements_of_an_abandoned_course_are_not_taken_for_those_of_another(
     shutil.rmtree(checkpoint(run, 8))
     parts["train"] |= {"lr": 0.02}
     with monkeypatch.context() as patch:  # killed between the last checkpoint and its measurement
-        patch.setattr(Run, "_measure", lambda run, again=True: None)
+        patch.setattr(Run, "_measure", lambda run, **how: None)
         train(place.config(**parts, resume="auto"))
     assert 8 not in rows(run)
     train(place.config(**parts, resume="auto"))
@@ -465,3 +467,34 @@ def test_at_the_last_step_there_is_no_replay_to_raise(place, caplog):
         run = train(place.config(**parts))
     assert "step 4: beyond monitor.max_forgetting" in caplog.text
     assert [line["step"] for line in of_kind(run, "action")] == [2]
+
+
+def test_a_checkpoint_that_a_run_was_sent_back_to_is_not_judged_twice(place):
+    """Replay is raised at step 2; later skipped steps send the run back to it; killed, it resumes from there."""
+    parts = sections(max_forgetting=LIMIT, action="replay")
+    run = train(place.config(**{**parts, "train": {**parts["train"], "stop_after": 4}}))
+    raised = [line["replay"] for line in of_kind(run, "action")]
+    again = Run(place.config(**parts, resume="auto"), *distributed.start())
+    try:
+        again._begin()
+        assert [line["replay"] for line in of_kind(run, "action")] == [*raised, *raised[-1:]]  # not yet in a checkpoint
+        keep_course(again)
+    finally:
+        again.close()
+    share = again.loader.replay
+    again = Run(place.config(**parts, resume="auto"), *distributed.start())
+    try:
+        again._begin()
+        assert again.loader.replay == share
+    finally:
+        again.close()
+
+
+def test_nothing_follows_from_a_checkpoint_that_is_there_only_because_the_run_was_stopped(place):
+    parts = sections(max_forgetting=LIMIT, action="replay")
+    whole = train(place.config("whole", **parts))
+    train(place.config(**{**parts, "train": {**parts["train"], "stop_after": 5}}))
+    run = train(place.config(**parts, resume="auto"))
+    assert 5 in {row["step"] for row in read_rows(run / "monitor")}
+    assert {line["step"] for line in of_kind(run, "action")} == {line["step"] for line in of_kind(whole, "action")}
+    assert_same_bits(run, whole, 8)

@@ -96,6 +96,7 @@ def test_run_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(pla
     compare_with_an_uninterrupted_run(place, config.folder, train={"save_every": 2})
 
 
+@pytest.mark.slow
 def test_run_killed_before_its_first_checkpoint_begins_again(place):
     config = place.config(train={**SETTINGS, "save_every": 5000}, monitor=MONITOR)
     process = start(place.write(config))

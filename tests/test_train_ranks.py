@@ -66,6 +66,7 @@ def test_resume_on_two_ranks_under_zero_3_is_exact(place):
     assert losses(run) == pytest.approx(losses(train(place.config("alone"))), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_default_precision_and_stage_work_under_the_launcher_and_leave_no_process(place, there_before):
     values = place.values(monitor={"enabled": True})
     del values["train"]["precision"]

@@ -1,5 +1,6 @@
 """Checkpoints as they are written: by all ranks, while training goes on, where there is space, whole or not at all."""
 
+import errno
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from moect.data.batches.loader import Loader
 from moect.errors import CheckpointError, ConfigError
 from moect.train.checkpoints import saver
 from moect.train.checkpoints.reading import Tensors, list_checkpoints, read_info, step_of, values_digest
-from moect.train.checkpoints.writing import GONE, WRITING, begin, check_space, commit, remove, write_part
+from moect.train.checkpoints.writing import ASIDE, GONE, WRITING, begin, check_space, commit, remove, write_part
 from moect.train.folder import check_shared
 from moect.train.loop import train
 
@@ -151,6 +152,30 @@ def test_a_checkpoint_that_is_deleted_is_gone_at_once_for_whoever_looks(tmp_path
     assert seen[-1] == [] and list(tmp_path.iterdir()) == []
 
 
+def test_a_checkpoint_that_somebody_reads_on_a_network_file_system_may_stay_a_while(tmp_path, monkeypatch):
+    """NFS keeps a file that is open, and its folder with it."""
+    for name in ("step-3", f"{GONE}step-2", f"{ASIDE}step-3"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "module.safetensors").touch()
+    plain = shutil.rmtree
+
+    def busy(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    remove(tmp_path / "step-3")
+    assert list_checkpoints(tmp_path) == []
+    begin(tmp_path, 3, 0)
+    commit(tmp_path, 3, [write_part(tmp_path, 3, {"module": {"a": torch.ones(2)}}, 0, 1)], {})
+    begin(tmp_path, 3, 0)
+    commit(tmp_path, 3, [write_part(tmp_path, 3, {"module": {"a": torch.ones(2)}}, 0, 1)], {})
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-3"]
+    monkeypatch.setattr(shutil, "rmtree", plain)
+    begin(tmp_path, 4, 0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{WRITING}step-4", "step-3"]
+
+
 def test_what_a_kill_left_of_writing_and_deleting_is_removed_before_the_next_is_written(tmp_path):
     for name in (f"{WRITING}step-4", f"{GONE}step-2"):
         (tmp_path / name).mkdir()
@@ -191,6 +216,7 @@ def test_space_is_looked_for_before_the_first_step_and_before_each_checkpoint(pl
     assert steps_of(run) == [3] and free == [10**6]
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_in_fact_leaves_the_checkpoint_before_and_the_run_goes_on_when_there_is_space(place):
     """A small file system of its own, filled by what the run is not told of."""
     if os.geteuid() != 0:
@@ -216,6 +242,26 @@ def test_a_disk_that_is_full_in_fact_leaves_the_checkpoint_before_and_the_run_go
         subprocess.run(["umount", "-l", disk], check=True)
 
 
+def test_a_log_that_cannot_be_written_ends_the_run_with_one_line(place):
+    """The disk is full long before the next checkpoint."""
+    script = place.output / "full.py"
+    script.write_text(
+        "import sys\n"
+        "from moect.train.folder import RunLog\n"
+        "plain = RunLog.write\n"
+        "def write(self, **values):\n"
+        "    if values.get('step') == 2 and self._file.name != '/dev/full':\n"
+        "        self._file = open('/dev/full', 'a')\n"
+        "    plain(self, **values)\n"
+        "RunLog.write = write\n"
+        "from moect.cli import process\n"
+        "process(['train', *sys.argv[1:]])\n"
+    )
+    _, err = launch(place.write(place.config()), script=script, code=2)
+    told = [line for line in err.splitlines() if "moect: error" in line]
+    assert len(told) == 1 and "No space left on device; free space" in told[0] and "Traceback" not in err
+
+
 def _look(rank: int, port: int, folders, queue) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
@@ -228,7 +274,7 @@ def _look(rank: int, port: int, folders, queue) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("shared", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_node_that_does_not_see_the_output_is_named_at_the_start(tmp_path, shared):
     context = torch.multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()

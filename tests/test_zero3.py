@@ -33,10 +33,10 @@ VARIANTS = {
         "train": AGAIN,
         "monitor": {"enabled": True},
     },
-    "everything, tied head": {"method": "full", "model": "tied"},
     "low rank": {"method": "lora"},
 }
 MORE_VARIANTS = {
+    "everything, tied head": {"method": "full", "model": "tied"},
     "gate from copies": {},
     "gate from copies, idle experts": {"moe": IDLE, "loss": LOSSES},
     "language gate": {"moe": LANGUAGE_GATE, "loss": LOSSES, "monitor": {"enabled": True}},

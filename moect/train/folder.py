@@ -6,15 +6,17 @@ import json
 import math
 import os
 import secrets
+import shutil
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch.distributed as dist
 
 from moect import distributed
 from moect.config import RunConfig, config_to_yaml
-from moect.errors import ConfigError
+from moect.errors import ConfigError, TrainingError
 
 
 def open_folder(config: RunConfig) -> Path:
@@ -31,8 +33,10 @@ def open_folder(config: RunConfig) -> Path:
         path = folder / "config.yaml"
         text = config_to_yaml(config)
         if path.exists() and path.read_text(encoding="utf-8") != text:
-            os.replace(path, _free_name(folder, "config-before-resume", ".yaml"))
-        path.write_text(text, encoding="utf-8")
+            shutil.copyfile(path, _free_name(folder, "config-before-resume", ".yaml"))
+        draft = folder / ".config.yaml"  # a run is never without one
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, path)
     except OSError as error:
         raise ConfigError(
             f"{folder}: cannot be written: {error.strerror or error}; change `output` or `name`"
@@ -91,15 +95,26 @@ class RunLog:
             self._file.write("\n")  # a kill cut the last line off
 
     def write(self, **values) -> None:
-        """Append one line."""
+        """Append one line.
+
+        Raises:
+            TrainingError: the disk refuses.
+        """
         if self._file:
-            self._file.write(json.dumps(_valid(values), ensure_ascii=False, allow_nan=False) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps(_valid(values), ensure_ascii=False, allow_nan=False) + "\n")
+                self._file.flush()
+            except OSError as error:
+                raise TrainingError(
+                    f"{self._file.name}: cannot be written: {error.strerror or error}; free space, then go on with "
+                    "resume=auto"
+                ) from error
 
     def close(self) -> None:
         """Close the file."""
         if self._file:
-            self._file.close()
+            with suppress(OSError):  # what a full disk did not take was told when it was written
+                self._file.close()
 
 
 def _valid(value):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -156,9 +157,8 @@ class Run:
             Stopped: a signal asked for it.
         """
         train = self.config.train
-        if self.main:
-            self._announce()
-        distributed.on_main(lambda: self.saver.check_space())
+        distributed.on_main(self._announce)
+        distributed.on_main(self.saver.check_space)
         self.watchdog.beat("the measurement of the base")
         if self.watch:
             self.watch.measure_base(self.objective.model)
@@ -186,11 +186,14 @@ class Run:
         """Take the weights that the run goes on from or begins with, and measure them unless that was done."""
         if self.origin.checkpoint:
             self._resume(self.origin.checkpoint)
-            self._measure(again=False)  # a kill may have come between checkpoint and measurement
+            # a kill may have come between checkpoint and measurement
+            self._measure(again=False, judged=self.origin.info.get("judged", False))
             return
         if self.log.has_lines:  # it ended before its first checkpoint: what it logged is superseded
             self.log.write(event="resume", step=0, world_size=self.world_size, changed=[])
             self._say(f"{self.folder}: no checkpoint to go on from; begins again at step 0")
+            if self.watch:
+                self.watch.forget_after(0)
         start = self.origin.start
         self.log.write(event="start", step=0, plan=self.plan, **({"from": str(start)} if start else {}))
         if start:
@@ -268,7 +271,8 @@ class Run:
         self.loader.close()
         self.log.close()
         if self.writer:
-            self.writer.close()
+            with suppress(OSError):  # a full disk, of which more is known by now
+                self.writer.close()
         self.engine.destroy()
 
     def _report(self, meter: Meter) -> None:
@@ -293,8 +297,12 @@ class Run:
             f"MFU {100 * speed['mfu']:.0f}%  ETA {duration(speed['eta_seconds'])}"
         )
 
-    def save(self) -> None:
-        """A checkpoint of everything that the next step depends on."""
+    def save(self, judged: bool = False) -> None:
+        """A checkpoint of everything that the next step depends on.
+
+        Args:
+            judged: what follows from the measurement of this step was done before.
+        """
         self.watchdog.beat(f"the checkpoint of step {self.step}")
         self._check_ranks()  # nothing is made of weights that differ
         peak = greatest_peak_memory(self.engine.device)
@@ -310,6 +318,7 @@ class Run:
             "data": self.loader.state_dict(),
             "world_size": self.world_size,
             "rollbacks": self.rollbacks,
+            "judged": judged,
             "health_rollbacks": self.health_rollbacks,
             **self.steps.judge.values(),
             "peak_memory": peak,
@@ -348,11 +357,17 @@ class Run:
         """Take weights, optimizer and step from a checkpoint of this run; the text goes on from where it is."""
         self.step = go_back(path, self.steps)["step"]
 
-    def _measure(self, again: bool = True) -> None:
-        """Measure this step, or take what was measured, and do what follows from it."""
+    def _measure(self, again: bool = True, judged: bool = False) -> None:
+        """Measure this step, or take what was measured, and do what follows from it, unless that is done.
+
+        Nothing follows at a step that only has a checkpoint because the run was stopped there: one that was not stopped
+        would not have looked.
+        """
         self.watchdog.beat(f"the measurement of step {self.step}")
         rows = self.watch and self.watch.measure(self.objective.model, self.step, again)
-        if rows:
+        train = self.config.train
+        due = self.step % train.save_every == 0 or self.step == train.steps
+        if rows and due and not judged:
             self.saver.settle()  # what follows may depend on which checkpoints there are
             act(self, rows)
 

@@ -28,8 +28,7 @@ def only_training(config: RunConfig) -> Iterator[None]:
         TrainingError: that one did not end within `health.timeout_minutes`.
     """
     held: list[TextIO] = []
-    if not (config.resume == "never" and config.folder.exists()):  # which will be refused
-        distributed.on_main(lambda: _take(config, held))
+    distributed.on_main(lambda: _take(config, held))
     try:
         yield
     finally:
@@ -65,6 +64,8 @@ def take_lock(run_folder: Path, minutes: float = 0.0) -> TextIO | None:
 
 
 def _take(config: RunConfig, held: list[TextIO]) -> None:
+    if config.resume == "never" and config.folder.exists():  # which will be refused
+        return
     try:
         file = take_lock(config.folder, config.health.timeout_minutes)
     except Held as holder:

@@ -1,7 +1,8 @@
 """Signals that ask a run to stop: SIGTERM, SIGINT (Ctrl-C), and SIGUSR1, which schedulers send before their time is up.
 
 The first ends the run after its step, with a checkpoint; the same once more ends the process at once. Two different
-ones count as one wish: on Ctrl-C under a launcher the terminal sends SIGINT, and the launcher SIGTERM after it.
+ones count as one wish, and so do two within three seconds: on Ctrl-C under a launcher the terminal sends SIGINT, and
+the launcher SIGTERM after it, on several nodes twice.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import os
 import signal
 import sys
 import threading
+import time
 
+ONE_WISH = 3.0  # seconds
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -56,14 +59,13 @@ class Signals:
         return {"stop": float(self.received is not None)}
 
     def _listen(self, reader: int) -> None:
-        seen = set()
+        seen: dict[int, float] = {}
         while numbers := os.read(reader, 64):
             for number in numbers:
                 if number not in SIGNALS:
                     continue
-                if number in seen:
+                if time.monotonic() - seen.setdefault(number, time.monotonic()) > ONE_WISH:
                     os._exit(128 + number)
-                seen.add(number)
                 if self.received is None:
                     self.received = signal.Signals(number).name
                     if self._tell:

@@ -25,8 +25,8 @@ class Returned(Protocol):
     step: int
     log: RunLog
 
-    def save(self) -> None:
-        """Make a checkpoint of the present state."""
+    def save(self, judged: bool = False) -> None:
+        """Make a checkpoint of the present state; `judged`: what follows from its measurement is done."""
 
     def settle(self) -> None:
         """Wait until it is complete."""
@@ -38,7 +38,7 @@ def keep_course(run: Returned, **line) -> None:
     First the checkpoint, with the text's position of now. Killed before the later ones are gone, a run resumes from one
     of them, finds the same once more and comes here again, with the same values.
     """
-    run.save()
+    run.save(judged=True)
     run.settle()
     if line:
         run.log.write(**line)

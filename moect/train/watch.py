@@ -14,7 +14,7 @@ from torch import nn
 
 from moect import distributed
 from moect.config import RunConfig
-from moect.errors import MoectError, RankLost
+from moect.errors import MoectError, RankLost, TrainingError
 from moect.model.build import base_view
 from moect.monitor.forgetting import ForgettingMonitor
 from moect.monitor.measuring.base import base_of
@@ -23,6 +23,7 @@ from moect.monitor.reporting.run_files import read_entries
 from moect.monitor.reporting.table import render_table, render_tasks
 from moect.monitor.reporting.tensorboard import write_scalars
 from moect.monitor.rows import TASKS, Row, drop_rows_after, read_rows
+from moect.roll_call import of_communication
 from moect.train.folder import RunLog
 
 log = logging.getLogger("moect.monitor")
@@ -116,6 +117,8 @@ class Watch:
         except RankLost:  # the others wait for this rank: only its end lets them go
             raise
         except Exception as error:
+            if of_communication(error):  # a rank is lost, and with it the run
+                raise
             if distributed.is_main():
                 what = str(error) if isinstance(error, MoectError) else f"{type(error).__name__}: {error}"
                 log.warning("the monitor failed at step %d, and the run goes on: %s", step, what)
@@ -127,5 +130,5 @@ class Watch:
     def _log(self, **values) -> None:
         try:
             self.log.write(**values)
-        except OSError as error:  # a full disk, say, which may be what the line is about
-            log.warning("log.jsonl: a line of the monitor could not be written: %s", error.strerror or error)
+        except TrainingError as error:  # a full disk, say, which may be what the line is about
+            log.warning("a line of the monitor is not logged: %s", error)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 from pathlib import Path
 
@@ -53,8 +54,8 @@ def begin(folder: Path, step: int, size: int) -> None:
 def clear(folder: Path) -> None:
     """Delete what a run that was killed has left half written or half deleted."""
     for mark in (WRITING, GONE):
-        for left in folder.glob(f"{mark}step-*"):
-            shutil.rmtree(left)
+        for left in folder.glob(f"{mark}step-*"):  # NFS keeps files that somebody reads: then another time
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def check_space(folder: Path, size: int) -> None:
@@ -128,11 +129,14 @@ def commit(folder: Path, step: int, written: list[dict[str, tuple[str, int]]], i
         _sync(temporary / INFO)
         _sync(temporary)
         aside = folder / f"{ASIDE}{final.name}"
+        if aside.exists():
+            remove(aside)
         if final.exists():  # the same step once more, after a resume from an earlier one
             os.rename(final, aside)
         os.rename(temporary, final)
         _sync(folder)
-        shutil.rmtree(aside, ignore_errors=True)
+        if aside.exists():
+            remove(aside)
     except OSError as error:
         raise _refused(final, error) from error
     return final
@@ -143,7 +147,7 @@ def put_back(folder: Path) -> None:
     for aside in folder.glob(f"{ASIDE}step-*"):
         path = folder / aside.name.removeprefix(ASIDE)
         if path.exists():
-            shutil.rmtree(aside, ignore_errors=True)
+            remove(aside)
         else:
             os.rename(aside, path)
 
@@ -165,10 +169,9 @@ def rotate(folder: Path, keep_last: int, step: int, keep: int | None = None, kee
 
 def remove(path: Path) -> None:
     """Delete a checkpoint: at once as far as others can see, so that a kill leaves no half of one."""
-    gone = path.with_name(f"{GONE}{path.name}")
-    shutil.rmtree(gone, ignore_errors=True)
+    gone = path.with_name(f"{GONE}{path.name.removeprefix(ASIDE)}-{secrets.token_hex(4)}")
     os.rename(path, gone)
-    shutil.rmtree(gone)
+    shutil.rmtree(gone, ignore_errors=True)  # what somebody reads on NFS stays till then; `clear` comes again
 
 
 def superseded(made: list[Path], keep_last: int, keep: int | None, keep_every: int | None) -> list[Path]:
