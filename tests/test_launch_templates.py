@@ -30,9 +30,16 @@ while [[ "$1" = --* ]]; do shift; done
 SLURMD_NODENAME=localhost "$@" & first=$!
 SLURMD_NODENAME=node-2 "$@" & second=$!
 echo "$first $second" >"$STUBS/srun.pids"
+trap 'touch "$STUBS/asked"' USR1
 code=0
-wait $first || code=$?
-wait $second || code=$?
+for task in $first $second; do
+    while :; do
+        one=0
+        wait $task || one=$?
+        kill -0 $task 2>/dev/null || break
+    done
+    [ $one -le $code ] || code=$one
+done
 exit $code
 """
 SCONTROL = """
@@ -68,6 +75,7 @@ def submit(env: dict[str, str], *arguments: str | Path, cwd: str = "/") -> subpr
     return subprocess.run(["bash", SBATCH, *arguments], env=env, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_slurm_job_trains_on_two_nodes_from_the_last_checkpoint_that_is_there(place, cluster):
     settings = {"micro_batch": 2}
     run = train(place.config(train={**settings, "stop_after": 3}))
@@ -106,13 +114,40 @@ def test_slurm_job_near_its_time_limit_makes_a_checkpoint_and_is_requeued(place,
     while not (run / "log.jsonl").is_file() or not losses(run):
         assert job.poll() is None, out.read_text()
         time.sleep(0.05)
-    for pid in _tree(job.pid)[1:]:  # Slurm sends it to every process of the steps; all but the ranks must survive it
+    os.kill(job.pid, signal.SIGUSR1)  # as Slurm does to the script alone
+    while not (Path(cluster["STUBS"]) / "asked").exists():
+        time.sleep(0.05)
+    for pid in _tree(job.pid)[1:]:  # srun sends it on to every process of the step; all but the ranks must survive it
         if "srun" not in Path(f"/proc/{pid}/cmdline").read_text():
             os.kill(pid, signal.SIGUSR1)
     assert job.wait(300) == 75, out.read_text()
     assert (Path(cluster["STUBS"]) / "scontrol.log").read_text() == "requeue 4711\n"
     stop = [line for line in events(run) if line["event"] == "stop"][0]["step"]
     assert stop < 5000 and list_checkpoints(run / "checkpoints") == [run / "checkpoints" / f"step-{stop}"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "code", "requeued"),
+    [(True, 137, True), (True, 75, True), (True, 0, False), (True, 1, False), (True, 2, False)]
+    + [(False, 75, True), (False, 137, False), (False, 0, False)],
+)
+def test_slurm_job_is_requeued_at_its_time_limit_also_where_a_node_was_killed_before(cluster, asked, code, requeued):
+    stubs = Path(cluster["STUBS"])
+    (stubs / "code").write_text(str(code))
+    waits = """
+trap 'exit $(cat "$STUBS/code")' USR1
+touch "$STUBS/ready"
+while [ ! -e "$STUBS/end" ]; do sleep 0.05; done
+exit $(cat "$STUBS/code")
+"""
+    executable(stubs / "srun", waits)
+    job = subprocess.Popen(["/bin/bash", SBATCH, "x.yaml"], env=cluster, cwd="/")
+    while not (stubs / "ready").exists():
+        assert job.poll() is None
+        time.sleep(0.02)
+    job.send_signal(signal.SIGUSR1) if asked else (stubs / "end").touch()
+    assert job.wait(60) == code
+    assert (stubs / "scontrol.log").exists() is requeued
 
 
 def _tree(pid: int) -> list[int]:

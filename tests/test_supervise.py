@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -13,7 +15,11 @@ from pathlib import Path
 import pytest
 from small_runs import REPOSITORY
 
+from moect.errors import ConfigError
+from moect.launch import __main__ as command_line
+from moect.launch import supervisor
 from moect.launch.nodes import Folder, Generation, Node, choose
+from moect.launch.supervisor import Options, Supervisor
 
 # a launcher with one rank, which ends when it is told or asked to
 LAUNCHER = """#!/usr/bin/env bash
@@ -171,11 +177,179 @@ def test_only_one_of_two_leaders_makes_a_generation_and_a_name_is_held_by_one(tm
 
 @pytest.mark.parametrize(
     ("slots", "batches", "ranks"),
-    [([1, 1], [(8, 2)], 2), ([1, 1, 1], [(8, 2)], 2), ([8, 8], [(192, 2), (96, 6)], 16), ([3], [(8, 2)], 0)],
+    [
+        ([1, 1], [(8, 2)], 2),
+        ([1, 1, 1], [(8, 2)], 2),
+        ([8, 8], [(192, 2), (96, 6)], 16),
+        ([3], [(8, 2)], 0),
+        ([3, 8], [(8, 1)], 8),
+        ([1, 3, 1, 8, 2], [(10, 1)], 10),
+        ([8, 1, 1], [(8, 1)], 8),
+        ([7, *[1] * 12], [(12, 1)], 12),
+    ],
 )
 def test_as_many_nodes_run_as_divide_the_batch_of_every_stage(slots, batches, ranks):
     nodes = [Node(str(number), "", count, "") for number, count in enumerate(slots)]
     assert sum(node.slots for node in choose(nodes, batches)) == ranks
+
+
+class Turns:
+    """A supervisor in this process, turned by hand, and others of which there is only what they tell."""
+
+    def __init__(self, path: Path, **options):
+        told = Options("b", "127.0.0.1", 1, path, **{"settle": 0.0, "lost_after": 60.0} | options)
+        self.codes: list[int | None] = []
+        self.one = Supervisor(told, [(6, 1)], lambda: [], lambda *_: (["sleep", "600"], dict(os.environ)))
+        assert self.one.folder.enter(0)
+        self.one._before = 0
+        self.path, self.others = path, {}
+
+    def other(self, name: str, slots: int = 1, **told) -> Node:
+        node = Node(name, "127.0.0.1", slots, session=f"{name}-1", **told)
+        self.others[name] = Folder(self.path, node, 60)
+        assert self.others[name].enter(0)
+        self.others[name].tell()
+        return node
+
+    def publish(self, number: int, *nodes: Node) -> None:
+        members = [{"name": n.name, "session": n.session, "address": n.address, "slots": n.slots} for n in nodes]
+        assert self.one.folder.publish(Generation(number, members))
+
+    def turn(self, times: int = 3) -> Generation:
+        for _ in range(times):
+            for folder in self.others.values():
+                folder.tell()
+            self.one.folder.tell()
+            self.codes.append(self.one._turn())
+        return self.one.folder.latest()
+
+    def close(self) -> None:
+        if self.one.ranks:
+            self.one.ranks.kill()
+        for folder in (self.one.folder, *self.others.values()):
+            os.close(folder.lock)
+
+
+@pytest.fixture
+def turns(tmp_path):
+    made = []
+    yield lambda **options: made.append(Turns(tmp_path, **options)) or made[-1]
+    for each in made:
+        each.close()
+
+
+def test_a_node_that_returns_after_the_end_does_not_wait_for_those_that_have_gone(turns):
+    here = turns(nodes=2)
+    here.one.folder.publish(Generation(1, end=0))
+    here.one._before = 1
+    assert here.turn(1).names == ["b"]
+
+
+def test_a_node_that_returns_to_an_unfinished_run_waits_for_the_others(turns, capfd):
+    here = turns(nodes=2)
+    here.one.folder.publish(Generation(1, end=75))
+    here.one._before = 1
+    assert here.turn().number == 1 and "waits for 2 nodes; 1 so far" in capfd.readouterr().err
+
+
+def test_no_second_run_starts_while_a_silent_node_may_have_ranks_of_the_first(turns, capfd):
+    here = turns()
+    silent = here.other("a", generation=1)
+    here.one.folder.lost_after = 0.0  # whoever else is here is silent
+    here.one.me.generation, here.one.me.code = 1, 69
+    here.publish(1, silent, here.one.me)
+    assert here.turn().number == 1 and "may still write: waits" in capfd.readouterr().err
+    silent.code = 69  # the last that it told: its ranks have ended
+    assert here.turn(1).names == ["b"]
+
+
+def test_the_lock_of_a_machine_that_is_gone_can_be_removed(turns):
+    here = turns()
+    silent = here.other("a", generation=1)
+    here.one.folder.lost_after = 0.0
+    here.one.me.generation, here.one.me.code = 1, 69
+    here.publish(1, silent, here.one.me)
+    assert here.turn().number == 1
+    (here.path / "a.lock").unlink()
+    assert here.turn(1).names == ["b"]
+
+
+@pytest.mark.parametrize(("code", "ends"), [(69, True), (1, True), (0, False), (75, False), (None, False)])
+def test_ranks_do_not_wait_for_those_of_another_node_that_have_failed(turns, monkeypatch, capfd, code, ends):
+    here = turns()
+    other = here.other("a", generation=1)
+    here.publish(1, other, here.one.me)
+    here.turn()
+    assert here.one.ranks
+    other.code = code
+    here.turn()
+    assert here.one.ranks  # they have a while to notice, and to say what they know
+    monkeypatch.setattr(supervisor, "FAILED", 0.0)
+    here.turn()
+    assert (here.one.me.code == 69) is ends and (here.one.ranks is None) is ends
+    assert ("the ranks on node a failed 0 seconds ago: ends the ranks here" in capfd.readouterr().err) is ends
+
+
+def test_a_signal_between_two_generations_ends_all_without_another_start(turns):
+    here = turns()
+    other = here.other("c", generation=1, code=69)
+    here.one.me.generation, here.one.me.code = 1, 69
+    here.publish(1, here.one.me, other)
+    here.publish(2, here.one.me, other)
+    here.one._signals.append(signal.SIGTERM)
+    latest = here.turn()
+    assert latest.number == 2 and here.one.ranks is None  # the other one's are still to start
+    other.generation, other.code = 2, None
+    assert here.turn().number == 2
+    other.code = 69
+    assert here.turn(1).end == 75
+    assert here.turn(1) and here.codes[-1] == 75
+
+
+def test_ranks_do_not_wait_for_a_node_that_was_asked_to_stop_before_it_started_its_own(turns, capfd):
+    here = turns()
+    other = here.other("c", generation=1, code=69)
+    here.publish(2, here.one.me, other)
+    here.turn()
+    assert here.one.ranks
+    other.stopping = "SIGTERM"
+    here.turn()
+    assert here.one.ranks is None and "node c was asked to stop and starts no ranks" in capfd.readouterr().err
+    assert here.turn().end == 75
+
+
+def test_nodes_whose_ranks_do_not_divide_wait_for_the_one_that_is_lost(turns, capfd):
+    here = turns()
+    here.one.me.slots = 4  # of 6 rows
+    here.one.me.generation, here.one.me.code = 1, 69
+    here.publish(1, Node("a", "127.0.0.1", 2, session="a-0"), here.one.me)
+    latest = here.turn()
+    assert latest.number == 1 and capfd.readouterr().err.count("waits for node a: without it no ranks divide") == 1
+    here.other("a", 2)
+    assert here.turn().names == ["a", "b"]
+
+
+def test_a_folder_that_cannot_be_used_and_gpus_that_cannot_be_counted_are_told_in_one_line(place, monkeypatch, capfd):
+    config = str(place.write(place.config()))
+    (place.output / "file").write_text("")
+    told = ["--config", config, "--address", "127.0.0.1", "--nodes-dir", str(place.output / "file")]
+    assert command_line.main([*told, "--slots", "1"]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("supervise: error: ") and error.count("\n") == 1 and "--nodes-dir" in error
+    monkeypatch.setattr(command_line.sys, "executable", "/bin/false")
+    assert command_line.main(told) == 2
+    assert capfd.readouterr().err.endswith("(exit code 1); put that right, or give --slots\n")
+
+
+def test_a_file_system_without_locks_is_told_in_one_line(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    folder = Folder(tmp_path, Node("a", "127.0.0.1", 1, session="a"), 60)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(ConfigError, match="cannot be locked here: No locks available"):
+        folder.enter(0)
+    os.close(folder.lock)
 
 
 def _lives(pid: int) -> bool:

@@ -98,7 +98,11 @@ def _own_address() -> str:
 def _gpus() -> int:
     """Asked in another process: torch would stay here for nothing."""
     asked = "import torch; print(torch.cuda.device_count())"
-    found = int(subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True).stdout)
+    try:
+        found = int(subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True).stdout)
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1]
+        raise ConfigError(f"torch cannot count this node's GPUs ({last}); put that right, or give --slots") from error
     if not found:
         raise ConfigError("no GPUs on this node; give --slots, the number of ranks")
     return found

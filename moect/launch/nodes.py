@@ -8,11 +8,15 @@ generation-N.json   which nodes run and where they meet, or how all ends; writte
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from moect.errors import ConfigError
 
 
 @dataclass
@@ -28,6 +32,10 @@ class Node:
     code: int | None = None  # how its ranks ended; None: they have not
     stopping: str = ""  # the signal that asked it to stop
     regroup: int = 0  # the generation that is to make room for one with other nodes
+
+    def may_run(self, generation: int) -> bool:
+        """Whether its ranks of a generation run, or are still to be started."""
+        return self.code is None if self.generation == generation else not self.stopping
 
 
 @dataclass
@@ -66,9 +74,14 @@ class Folder:
     def __init__(self, path: Path, me: Node, lost_after: float):
         self.path, self.me, self.lost_after = path, me, lost_after
         self._heard: dict[str, tuple[tuple, float]] = {}  # what a node said last, and when that was first seen here
-        path.mkdir(parents=True, exist_ok=True)
-        # open as long as this process, and what inherits it
-        self.lock = os.open(path / f"{me.name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            # open as long as this process, and what inherits it
+            self.lock = os.open(path / f"{me.name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ConfigError(
+                f"{error.filename or path}: {error.strerror}; give a folder that all nodes can write as --nodes-dir"
+            ) from error
 
     def enter(self, seconds: float) -> bool:
         """Take this node's name; false if another holds it, and still does after some seconds."""
@@ -81,6 +94,10 @@ class Folder:
                 if time.monotonic() > until:
                     return False
                 time.sleep(0.2)
+            except OSError as error:
+                raise ConfigError(
+                    f"{self.path}: files cannot be locked here: {error.strerror}; give another folder as --nodes-dir"
+                ) from error
 
     def tell(self) -> None:
         """Write this node's file."""
@@ -120,6 +137,16 @@ class Folder:
             return True
         return False
 
+    def may_run(self, name: str, generation: Generation) -> bool:
+        """Whether a node that is silent may still have ranks of a generation: it lives, and has not told their end."""
+        if not self.is_held(name):
+            return False
+        try:
+            node = Node(**json.loads((self.path / f"{name}.json").read_text(encoding="utf-8")))
+        except (FileNotFoundError, ValueError):  # it is being replaced
+            return True
+        return not generation.has(node) or node.may_run(generation.number)
+
     def latest(self) -> Generation:
         """The generation that counts; number 0 if there has been none."""
         numbers = [int(path.stem.removeprefix("generation-")) for path in self.path.glob("generation-*.json")]
@@ -146,14 +173,28 @@ class Folder:
 
 
 def choose(nodes: list[Node], batches: list[tuple[int, int]]) -> list[Node]:
-    """The first of the nodes whose ranks divide the work, as many as possible.
+    """The nodes whose ranks divide the work: as many ranks as possible, and of the same number the first nodes.
 
     Args:
-        nodes: in the order of their ranks.
+        nodes: in the order of their ranks, which is kept.
         batches: rows a step and rows a micro-batch, of each stage.
     """
+    best: list[Node] = []
+    for some in _subsets(nodes):
+        ranks = _ranks(some)
+        if ranks > _ranks(best) and all(rows % (micro * ranks) == 0 for rows, micro in batches):
+            best = some
+    return best
+
+
+def _subsets(nodes: list[Node]) -> Iterator[list[Node]]:
+    """What may run, the largest first: every choice of a few nodes; of many, those that begin or end the list."""
     for count in range(len(nodes), 0, -1):
-        ranks = sum(node.slots for node in nodes[:count])
-        if all(rows % (micro * ranks) == 0 for rows, micro in batches):
-            return nodes[:count]
-    return []
+        if len(nodes) <= 12:  # 4095 choices
+            yield from map(list, itertools.combinations(nodes, count))
+        else:
+            yield from (nodes[:count], nodes[-count:])
+
+
+def _ranks(nodes: list[Node]) -> int:
+    return sum(node.slots for node in nodes)

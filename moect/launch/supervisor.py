@@ -20,6 +20,7 @@ from moect.launch.nodes import Folder, Generation, Node, choose
 from moect.launch.ranks import Ranks
 
 BEAT = 0.5  # seconds between two turns
+FAILED = 60.0  # seconds that ranks here may take to end, or to say who is lost, after those of another node have failed
 DONE, USER, LOST, STOPPED = 0, 2, 69, 75  # exit codes of a run, moect/errors.py
 ASKS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
@@ -64,6 +65,7 @@ class Supervisor:
         self._signals: list[int] = []
         self._said: set[str] = set()
         self._members: tuple[set, float] = (set(), 0.0)  # who is alive, and since when unchanged
+        self._failed_at: float | None = None  # when ranks of another node were first seen to have failed
 
     def run(self) -> int:
         """Take part until the end and return the exit code of all."""
@@ -99,6 +101,9 @@ class Supervisor:
             return STOPPED
         if self.ranks:
             self._watch(nodes, latest)
+        elif self._signals:  # between two generations: a model built now would only use up the time to stop in
+            self.me.stopping = signal.Signals(self._signals[0]).name
+            self._say_once(f"{self.me.stopping}: starts no ranks any more; the others are to end as well")
         elif latest.has(self.me) and latest.number > self.me.generation:
             self._start(latest)
         elif latest.end is None and latest.number and not latest.has(self.me):
@@ -114,7 +119,7 @@ class Supervisor:
         hosts = self.folder.path / f".hosts.{self.me.name}"
         hosts.write_text("".join(f"{node['name']} slots={node['slots']}\n" for node in latest.nodes), encoding="utf-8")
         rank = latest.names.index(self.me.name)
-        self.running = latest
+        self.running, self._failed_at = latest, None
         self.me.generation, self.me.code = latest.number, None
         self._say(f"generation {latest.number}: starts {self.me.slots} of the ranks on {', '.join(latest.names)}")
         command, env = self._command(rank, hosts, latest.nodes[0]["address"], latest.port)
@@ -133,6 +138,12 @@ class Supervisor:
         elif gone := [name for name in self.running.names if self._is_gone(name, nodes)]:
             self._say(f"node {', '.join(gone)} is gone: ends the ranks here, which cannot go on")
             self._drop()
+        elif without := [name for name in self.running.names if name in nodes and self._is_out(nodes[name])]:
+            self._say(f"node {', '.join(without)} was asked to stop and starts no ranks: ends the ranks here")
+            self._drop()
+        elif failed := self._failed_for_long(nodes):
+            self._say(f"the ranks on node {', '.join(failed)} failed {FAILED:g} seconds ago: ends the ranks here")
+            self._drop()
         elif self._signals:
             self._stop()
         elif any(node.regroup == self.running.number for node in nodes.values()):
@@ -146,6 +157,26 @@ class Supervisor:
         if held := self.folder.is_held(name):
             self._say_once(f"node {name} is silent, but its processes live: the run goes on")
         return not held
+
+    def _is_out(self, node: Node) -> bool:
+        """Whether a node will never start its ranks of the generation that runs here."""
+        return bool(node.stopping) and node.generation < self.running.number
+
+    def _failed_for_long(self, nodes: dict[str, Node]) -> list[str]:
+        """The nodes whose ranks have failed, once those here have had time to notice: else they stand in a collective
+        until health.timeout_minutes are over. Ranks that are done or stopped did not leave the others behind."""
+        failed = [
+            node.name
+            for node in nodes.values()
+            if self.running.has(node)
+            and node.generation == self.running.number
+            and node.code not in (None, DONE, STOPPED)  # the others may still be writing the last checkpoint
+        ]
+        if not failed:
+            return []
+        if self._failed_at is None:
+            self._failed_at = time.monotonic()
+        return failed if time.monotonic() - self._failed_at >= FAILED else []
 
     def _stop(self) -> None:
         """Pass a signal on to the ranks, as another one than came: a scheduler may have sent it to them as well, and
@@ -171,22 +202,17 @@ class Supervisor:
         settled = self._is_settled(nodes)
         told = [nodes[name] for name in latest.names if name in nodes and latest.has(nodes[name])]
         missing = [name for name in latest.names if name not in {node.name for node in told}]
-        held = [name for name in missing if name not in nodes and self.folder.is_held(name)]
+        held = [name for name in missing if name not in nodes and self.folder.may_run(name, latest)]
         if latest.end is not None or (latest.number <= self._before and not told and not held):  # a life before ours
-            if len(nodes) < self.options.nodes:
+            finished = latest.end == DONE  # then nobody else may come back, and the ranks find nothing to do
+            if len(nodes) < self.options.nodes and not finished:
                 self._say_once(f"waits for {self.options.nodes} nodes; {len(nodes)} so far")
             elif settled:
                 return self._publish(nodes, latest, failed=False)
             return None
-        if any(node.generation < latest.number or node.code is None for node in told):
+        if any(node.may_run(latest.number) for node in told):
             if settled and not missing:
                 self._regroup(nodes, latest)
-            return None
-        if held and not told:
-            self._say_once(
-                f"node {', '.join(held)} is silent, but its processes live and may still write: waits. If that machine "
-                f"is gone for good, remove {self.folder.path / held[0]}.lock"
-            )
             return None
         regrouping = any(node.regroup == latest.number for node in nodes.values())
         codes = {node.code for node in told}
@@ -200,6 +226,12 @@ class Supervisor:
             )
         if codes <= {DONE, STOPPED} and not missing and not regrouping:
             return self._end(latest, STOPPED, "the ranks were asked to stop; start again to go on")
+        if held:  # all may end without it, but not start again
+            self._say_once(
+                f"node {', '.join(held)} is silent, but its processes live and may still write: waits. If that machine "
+                f"is gone for good, remove {self.folder.path / held[0]}.lock"
+            )
+            return None
         if not settled:
             return None
         return self._publish(nodes, latest, failed=bool(missing) or not codes <= {DONE, STOPPED})
@@ -223,6 +255,13 @@ class Supervisor:
                 f"{restarts} starts without a new checkpoint in between; look at the messages above (--max-restarts)",
             )
         chosen = choose(list(nodes.values()), self.batches)
+        lost = [name for name in latest.names if name not in nodes]
+        if not chosen and (lost or len(nodes) < self.options.nodes):
+            self._say_once(
+                f"waits for node {', '.join(lost) or 'that is not here yet'}: without it no ranks divide "
+                "train.batch_size. To go on without it, end all and lower train.micro_batch"
+            )
+            return None
         if not chosen:
             rows, micro = self.batches[0]
             slots = [node.slots for node in nodes.values()]
