@@ -131,7 +131,7 @@ def check(stock: Inventory) -> None:
         CheckpointError: one is not; names all that are not.
     """
     if faulty := [k for k in stock.kept if k.fault]:
-        others = f"; so are {len(faulty) - 1} more" if len(faulty) > 1 else ""
+        others = f"; not whole either: {', '.join(k.path.name for k in faulty[1:])}" if len(faulty) > 1 else ""
         sound = next((k.path.name for k in stock.kept if not k.fault), None)
         remedy = f"a run goes on from {sound}" if sound else "none is whole: bring one back from another copy"
         raise CheckpointError(f"{faulty[0].path}: {faulty[0].fault}{others}; {remedy}")

@@ -69,7 +69,10 @@ class Supervisor:
 
     def run(self) -> int:
         """Take part until the end and return the exit code of all."""
-        if not self.folder.enter(self.options.lost_after):
+        wait = self.options.lost_after
+        if not self.folder.enter(0):
+            self._say(f"another supervisor of this name is there; waits {wait:g} seconds for it to end")
+        if not self.folder.enter(wait):
             self._say(f"another supervisor of this name runs: end it, or choose another --name ({self.folder.path})")
             return USER
         self._before = self.folder.latest().number

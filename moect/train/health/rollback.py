@@ -81,7 +81,9 @@ def _good(folder: Path, step: int) -> list[Path]:
 
 
 def _end(run: Course, skipped: int, why: str, what: str) -> TrainingError:
-    run.log.write(event="stop", step=run.step)
+    run.log.write(
+        event="stop", step=run.step, why=f"{skipped} steps were skipped in a row (the last: {why}), and {what}"
+    )
     first, rows = run.step - skipped + 1, run.loader.rows
     error = TrainingError(
         f"{run.folder}: ends at step {run.step}: {skipped} steps were skipped in a row (the last: {why}), and {what}; "

@@ -27,8 +27,16 @@ MOST_NAMED = 10  # languages, or texts beyond their limits
 
 
 def opening(run: RunFiles, m: Measured | None) -> tuple[str, Tone, list[Block]]:
-    """The verdict in a line, its tone, and the blocks below it. Of steps that were trained and not measured nothing is
-    known, so nothing good is said of them."""
+    """The verdict in a line, its tone, and the blocks below it; before it, how a run ended that could not go on."""
+    told, tone, blocks = _measured(run, m)
+    last = ([e for e in run.log.entries if "event" in e] or [{}])[-1]
+    if last.get("event") != "stop" or "why" not in last:
+        return told, tone, blocks
+    return f"The run could not go on at step {last['step']:,}: {last['why']}. {told}", "bad", blocks
+
+
+def _measured(run: RunFiles, m: Measured | None) -> tuple[str, Tone, list[Block]]:
+    """Of steps that were trained and not measured nothing is known, so nothing good is said of them."""
     if m is None:
         figures = [_trained(run)] if steps_done(run) else []
         return "The monitor has measured nothing yet.", "plain", [Figures(figures)] if figures else []
