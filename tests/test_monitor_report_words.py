@@ -44,12 +44,10 @@ def test_steps_that_were_not_measured_are_named_and_nothing_good_is_said_of_them
 
 def test_a_run_that_could_not_go_on_says_so_first_until_it_does(run):
     measure(run, row(2, "en", "old", 1.001, 1.0), row(2, "cy", "new", 2.0, 4.0))
-    stop = {"event": "stop", "step": 9, "why": "3 steps were skipped in a row (the last: loss nan), and so on"}
+    stop = {"event": "stop", "step": 9, "why": "3 steps were skipped in a row (the last: loss nan), and so"}
     write_log(run, loss(2, 4.0), stop)
     page, text = (path.read_text(encoding="utf-8") for path in write_report(run))
-    assert (
-        "**The run could not go on at step 9: 3 steps were skipped in a row (the last: loss nan), and so on. " in text
-    )
+    assert "**The run could not go on at step 9: 3 steps were skipped in a row (the last: loss nan), and so. " in text
     assert 'class="verdict bad"' in page
     write_log(run, loss(2, 4.0), stop, {"event": "resume", "step": 2}, loss(3, 4.0))
     assert "could not go on" not in report_of(run)
