@@ -14,7 +14,7 @@ from moect.errors import CheckpointError, DataError, TrainingError
 from moect.locks import Held
 from moect.monitor.rows import read_rows
 from moect.monitor.verdict import Verdict, best, verdicts
-from moect.tables import aligned
+from moect.tables import aligned, size
 from moect.train.checkpoints.reading import INFO, READS, damage, list_checkpoints, read_info, step_of
 from moect.train.checkpoints.writing import ASIDE, GONE, WRITING, remove, superseded
 from moect.train.run_lock import take_lock
@@ -197,14 +197,6 @@ def show_prunable(run_folder: Path, keep_last: int | None, keep_every: int | Non
         print("nothing to delete")
     else:
         print(f"deleted {words}" if really else f"would delete {words}; --yes does it")
-
-
-def size(n_bytes: int) -> str:
-    """Bytes for a person."""
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
-        if n_bytes >= unit:
-            return f"{n_bytes / unit:,.1f} {name}"
-    return f"{n_bytes / 2**10:,.1f} KiB"
 
 
 def _configuration(run_folder: Path) -> RunConfig:

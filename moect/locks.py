@@ -74,7 +74,7 @@ class Held(Exception):
 def is_locked(path: Path) -> bool:
     """Whether a process holds the lock that a file stands for."""
     try:
-        with path.open() as file:
+        with path.open("r+" if os.access(path, os.W_OK) else "r") as file:  # NFS locks only what may be written
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

@@ -13,3 +13,11 @@ def aligned(heading: list[str], rows: list[list[str]], left: int = 1) -> str:
 
     lines = [line(heading), *map(line, rows)]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def size(n_bytes: int) -> str:
+    """Bytes for a person."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if n_bytes >= unit:
+            return f"{n_bytes / unit:,.1f} {name}"
+    return f"{n_bytes / 2**10:,.1f} KiB"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from damage_cases import damages, examples, fresh_copy, mutated
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from small_runs import Place, checkpoint
 from small_runs import tensors as saved_tensors
@@ -21,6 +21,7 @@ from moect import distributed
 from moect.checkpoints import prunable, table, take_stock
 from moect.errors import CheckpointError
 from moect.train.checkpoints.reading import (
+    INFO,
     Tensors,
     damage,
     find_checkpoint,
@@ -59,6 +60,15 @@ def scratch():
         yield Path(folder)
 
 
+def only_spaces(path: Path, whole: Path) -> bool:
+    """Whether two checkpoints' plain values differ in the spaces and line ends between them only: no damage."""
+    text = (path / INFO).read_bytes() if (path / INFO).is_file() else b""
+    try:
+        return json.loads(text) == json.loads((whole / INFO).read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_any_damage_to_any_file_is_found_and_the_checkpoint_before_it_is_taken(runs, ranks, scratch, caplog):
     files = sorted(path.name for path in checkpoint(runs[ranks], 3).iterdir())
@@ -69,6 +79,7 @@ def test_any_damage_to_any_file_is_found_and_the_checkpoint_before_it_is_taken(r
     def check(name, harm):
         path = fresh_copy(checkpoint(runs[ranks], 3), checkpoint(run, 3))
         harm.do(path / name)
+        assume(name != INFO or not only_spaces(path, checkpoint(runs[ranks], 3)))
         fault = damage(path)
         assert fault is not None and name in fault and "\n" not in fault, harm
         caplog.clear()

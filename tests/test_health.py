@@ -231,7 +231,7 @@ def test_the_judge_compares_with_mean_and_deviation_of_steps_that_were_taken():
     assert [judge.fault(*step) for step in zip(losses, norms, strict=True)] == [None] * 4  # no half window before
     past = torch.tensor(norms, dtype=torch.float64)
     limit = (past.mean() + 2 * past.std(correction=0)).item()
-    assert judge.fault(2.0, limit * 1.001) == f"norm {limit * 1.001:.4g} > {limit:.4g}"
+    assert judge.fault(2.0, limit * 1.001) == f"norm {limit * 1.001:.6g} > {limit:.6g}, the mean + 2 sigma"
     assert judge.fault(2.0, math.inf) == "norm inf" and judge.fault(math.nan, 1.0) == "loss nan"
     assert (judge.taken, judge.skips_in_row) == (4, 3)
     assert judge.fault(2.0, limit * 0.999) is None

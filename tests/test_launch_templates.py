@@ -150,6 +150,14 @@ exit $(cat "$STUBS/code")
     assert (stubs / "scontrol.log").exists() is requeued
 
 
+def test_slurm_job_asked_while_srun_is_starting_passes_it_on(cluster):
+    stubs = Path(cluster["STUBS"])
+    executable(stubs / "srun", "trap 'exit 75' USR1\nkill -USR1 $PPID\nfor _ in {1..1200}; do sleep 0.05; done\n")
+    job = subprocess.run(["/bin/bash", SBATCH, "x.yaml"], env=cluster, cwd="/", timeout=90)
+    assert job.returncode == 75
+    assert (stubs / "scontrol.log").read_text() == "requeue 4711\n"
+
+
 def _tree(pid: int) -> list[int]:
     """A process and all that descend from it."""
     import psutil

@@ -247,6 +247,20 @@ def test_two_runs_one_after_the_other_read_an_epoch_without_repetition(place):
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [{"corpora": None}, {"drawn": []}, {"drawn": {"en.train.jsonl": -1}}, {"skipped": {"cy.train.jsonl": "1"}}],
+)
+def test_a_damaged_position_is_not_read_on_from(place, changes):
+    from moect.data.vocabulary.tokenizer import load_tokenizer
+
+    config = place.config()
+    loader = Loader(config, load_tokenizer(config.model), place.output / "cache")
+    for state in (None, {}, loader.state_dict() | changes):
+        with pytest.raises(CheckpointError, match="data position is (damaged|incomplete); start from another"):
+            loader.go_on_after(state)
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"moe": {"experts": 3, "top_k": 2}}, r"moe.experts: 4 and the configuration says 3"),

@@ -198,7 +198,7 @@ def test_a_file_that_rank_0_does_not_see_is_no_part_of_a_checkpoint(tmp_path):
 def test_space_is_looked_for_before_the_first_step_and_before_each_checkpoint(place, monkeypatch):
     usage, free = shutil.disk_usage, [10**6]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=free[0]))
-    with pytest.raises(CheckpointError, match=r"a checkpoint takes [\d.]+ MiB and 1\.0 MiB are free; free space"):
+    with pytest.raises(CheckpointError, match=r"a checkpoint takes [\d.]+ KiB and 976\.6 KiB are free; free space"):
         train(place.config())
     run = place.output / "run"
     assert "start" not in [e["event"] for e in events(run)]

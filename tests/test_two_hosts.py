@@ -181,19 +181,22 @@ def test_a_cable_that_is_cut_ends_both_and_each_names_the_other(place, hosts):
 
 
 def test_a_rank_that_is_stopped_for_a_while_goes_on_and_nothing_is_lost(place, hosts):
-    path = place.write(place.config(train={"micro_batch": 2}))
+    settings = {"micro_batch": 2, "steps": 200, "save_every": 200, "lr": 2e-4}
+    path = place.write(place.config(train=settings))
     processes = hosts.start(place, path)
     while not (place.output / "run" / "log.jsonl").is_file() or not losses(place.output / "run"):
         assert [process.poll() for process in processes] == [None, None]
         time.sleep(0.01)
-    for pid in hosts.pids(1):
+    stopped = hosts.pids(1)
+    for pid in stopped:
         os.kill(pid, signal.SIGSTOP)
-    time.sleep(3)  # steps take milliseconds
-    for pid in hosts.pids(1):
+    time.sleep(3)  # that is how slow it is
+    assert stopped and processes[0].poll() is None and len(losses(place.output / "run")) < settings["steps"]
+    for pid in stopped:
         os.kill(pid, signal.SIGCONT)
     texts = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n\n".join(texts)
-    alone = train(place.config("alone", train={"micro_batch": 2}))
+    alone = train(place.config("alone", train=settings))
     assert losses(place.output / "run") == pytest.approx(losses(alone), abs=1e-4)
 
 

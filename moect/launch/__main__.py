@@ -59,12 +59,22 @@ def _parser() -> argparse.ArgumentParser:
     add("--name", default=socket.gethostname(), help="of this node; ranks are in the order of names (its host name)")
     add("--address", help="at which the other nodes reach this one (that of its way out)")
     add("--slots", type=int, help="ranks on this node (its GPUs)")
-    add("--nodes", type=int, default=1, help="wait for so many before the first start (1)")
+    add("--nodes", type=int, default=Options.nodes, help="wait for so many before the first start (1)")
     add("--nodes-dir", type=Path, help="the folder that all nodes see (OUTPUT/.nodes/NAME of the run)")
-    add("--port", type=int, default=29500, help="rank 0 listens here or up to 63 higher (29500)")
-    add("--max-restarts", type=int, default=3, help="starts in a row without a new checkpoint before it gives up (3)")
-    add("--settle", type=float, default=10.0, help="seconds that nodes must be there, all and unchanged (10)")
-    add("--lost-after", type=float, default=60.0, help="seconds of silence after which a node is lost (60)")
+    add("--port", type=int, default=Options.port, help="rank 0 listens here or up to 63 higher (29500)")
+    add(
+        "--max-restarts",
+        type=int,
+        default=Options.max_restarts,
+        help="starts in a row without a new checkpoint before it gives up (3)",
+    )
+    add("--settle", type=float, default=Options.settle, help="seconds that nodes must be there, all and unchanged (10)")
+    add(
+        "--lost-after",
+        type=float,
+        default=Options.lost_after,
+        help="seconds of silence after which a node is lost (60)",
+    )
     return parser
 
 

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from moect.errors import ConfigError
+from moect.locks import is_locked
 
 
 @dataclass
@@ -128,14 +129,7 @@ class Folder:
 
     def is_held(self, name: str) -> bool:
         """Whether a node's supervisor, or what guards its ranks, lives."""
-        try:
-            with (self.path / f"{name}.lock").open("r+") as file:  # NFS locks only what may be written
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except BlockingIOError:
-            return True
-        return False
+        return is_locked(self.path / f"{name}.lock")
 
     def may_run(self, name: str, generation: Generation) -> bool:
         """Whether a node that is silent may still have ranks of a generation: it lives, and has not told their end."""

@@ -72,9 +72,11 @@ class Supervisor:
         wait = self.options.lost_after
         if not self.folder.enter(0):
             self._say(f"another supervisor of this name is there; waits {wait:g} seconds for it to end")
-        if not self.folder.enter(wait):
-            self._say(f"another supervisor of this name runs: end it, or choose another --name ({self.folder.path})")
-            return USER
+            if not self.folder.enter(wait):
+                self._say(
+                    f"another supervisor of this name runs: end it, or choose another --name ({self.folder.path})"
+                )
+                return USER
         self._before = self.folder.latest().number
         for number in ASKS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup would have it

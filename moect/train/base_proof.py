@@ -165,6 +165,7 @@ def _put_together(parameter: nn.Parameter) -> str | None:
         return None
     size, shape = parameter.ds_numel, full_shape(parameter)
     joined = torch.cat([p.to("cpu") for p in pieces]).view(parameter.ds_tensor.dtype)[:size].view(shape)
-    if parameter.shape == shape and digest(parameter) != (of_pieces := digest(joined)):
-        return f"{of_pieces} in pieces, {digest(parameter)} whole"
-    return digest(joined)
+    of_pieces = digest(joined)
+    if parameter.shape == shape and (whole := digest(parameter)) != of_pieces:
+        return f"{of_pieces} in pieces, {whole} whole"
+    return of_pieces

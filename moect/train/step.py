@@ -42,7 +42,7 @@ class Steps:
         self.fault: str | None = None
         self._guard = StepGuard(state.torch_optimizer(engine))
         self._notes: dict[str, torch.Tensor] = {}  # those of the sums that became `notes`
-        self._loss = self._norm = 0.0
+        self._loss = self._norm = 0.0  # of the last step; the norm before clipping, over all that trains
 
     def take(self, step: int, notes: dict[str, float]) -> None:
         """One optimizer step over its micro-batches. A bad one is skipped: nothing but the text goes on.
@@ -83,10 +83,6 @@ class Steps:
         labels, old, new = counts
         return StepCounts(labels=labels, valid=old + new, old=old, new=new)
 
-    def grad_norm(self) -> float:
-        """Of the last step, before clipping, over all that trains."""
-        return self._norm
-
     def figures(self, step: int) -> dict:
         """The last step's losses over all its tokens, and its expert load; `step` is the number of steps by now."""
         sums, load_LE = {name: value.cpu() for name, value in self.sums.items()}, self.objective.load_LE.cpu()
@@ -94,7 +90,7 @@ class Steps:
         values = {
             "loss": self._loss,
             "lr": learning_rate(step - 1, self.config.train),
-            "grad_norm": self.grad_norm(),
+            "grad_norm": self._norm,
             "old_share": counts.old / max(counts.valid, 1),
         }
         if "expert_counts" in sums:

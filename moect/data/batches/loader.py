@@ -189,7 +189,7 @@ class Loader:
         if isinstance(state, dict):  # positions of before there were stages have skipped nothing, and so on
             before = {"skipped": dict.fromkeys(mine["drawn"], 0), "segments": [], "packing": "concatenate"}
             state = {**before, "replay": mine["replay"], **state}
-        if not isinstance(state, dict) or set(state) != set(mine):
+        if not _is_position(state) or set(state) != set(mine):
             raise CheckpointError("the checkpoint's data position is incomplete; resume from another checkpoint")
         if problem := _difference(state, mine):
             raise CheckpointError(f"the checkpoint is of other data: {problem}; restore that, or start a new run")
@@ -219,13 +219,24 @@ class Loader:
 
     def go_on_after(self, state: dict) -> None:
         """Begin each corpus where another run's position, `state`, stands in it, so that no document comes twice in an
-        epoch. A corpus that the other run did not have, or cut otherwise, begins at its start."""
+        epoch. A corpus that the other run did not have, or cut otherwise, begins at its start.
+
+        Raises:
+            CheckpointError: it is no position.
+        """
+        if not _is_position(state):
+            raise CheckpointError("the checkpoint's data position is incomplete; start from another checkpoint")
         skipped = state.get("skipped", {})
         for i, corpus in enumerate(self.corpora):
             if _same(state["corpora"].get(corpus.key), self._fingerprint(corpus)):
-                self.skipped[i] = skipped.get(corpus.key, 0) + state["drawn"][corpus.key]
+                try:
+                    self.skipped[i] = _count(skipped.get(corpus.key, 0)) + _count(state["drawn"].get(corpus.key))
+                except ValueError as error:
+                    raise CheckpointError(
+                        "the checkpoint's data position is damaged; start from another checkpoint"
+                    ) from error
         then = {"packing": "concatenate", **state}
-        moved = [name for name, now in self._decides_rows().items() if then[name] != now]
+        moved = [name for name, now in self._decides_rows().items() if then.get(name) != now]
         if moved:  # then rows are cut and ordered otherwise
             self.skipped = [0] * len(self.corpora)
         self._restart()
@@ -407,6 +418,16 @@ def _difference(then: dict, now: dict) -> str | None:
             "have a `weight`"
         )
     return None
+
+
+def _is_position(state) -> bool:
+    """Whether a value from a file has the tables of a position. What is in them is looked at where it is used."""
+    tables = ("corpora", "drawn", "skipped")
+    return (
+        isinstance(state, dict)
+        and all(isinstance(state.get(t, {}), dict) for t in tables)
+        and {"corpora", "drawn"} <= set(state)
+    )
 
 
 def _same(then: str | dict | None, now: str | dict) -> bool:

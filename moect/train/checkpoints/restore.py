@@ -160,7 +160,7 @@ def _begin_with(path: Path, config: RunConfig, fingerprint: str, extension: Exte
     check_start(info, config, fingerprint, str(path))
     check_extension(info, extension, str(path))
     try:
-        loader.go_on_after(info["data"])
+        loader.go_on_after(info.get("data"))
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: its data position is damaged; start from another run") from error
     return Origin(None, path, reading.module_digest(info))

@@ -18,6 +18,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moect import tables
 from moect.errors import CheckpointError
 from moect.train.checkpoints.reading import FORMAT, INFO, file_digest, list_checkpoints, step_of, values_digest
 
@@ -67,8 +68,8 @@ def check_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size + SPARE:
         raise CheckpointError(
-            f"{folder}: a checkpoint takes {_mib(size)} and {_mib(free)} are free; free space, lower train.keep_last "
-            "or change `output`, then go on with resume=auto"
+            f"{folder}: a checkpoint takes {tables.size(size)} and {tables.size(free)} are free; free space, "
+            "lower train.keep_last or change `output`, then go on with resume=auto"
         )
 
 
@@ -182,10 +183,6 @@ def superseded(made: list[Path], keep_last: int, keep: int | None, keep_every: i
 
 def _refused(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(f"{path}: cannot be written: {error.strerror or error}; free space or change `output`")
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
 
 
 def _sync(path: Path) -> None:

@@ -51,7 +51,7 @@ class Judge:
             spread = pstdev(past)
             most = fmean(past) + self.health.sigma * spread
             if value > most and spread > 0:
-                return f"{name} {value:.4g} > {most:.4g}"
+                return f"{name} {value:.6g} > {most:.6g}, the mean + {self.health.sigma:g} sigma"
         return None
 
     def forget(self) -> None:

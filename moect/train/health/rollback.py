@@ -81,14 +81,13 @@ def _good(folder: Path, step: int) -> list[Path]:
 
 
 def _end(run: Course, skipped: int, why: str, what: str) -> TrainingError:
-    run.log.write(
-        event="stop", step=run.step, why=f"{skipped} steps were skipped in a row (the last: {why}), and {what}"
-    )
+    reason = f"{skipped} steps were skipped in a row (the last: {why}), and {what}"
+    run.log.write(event="stop", step=run.step, why=reason)
     first, rows = run.step - skipped + 1, run.loader.rows
+    first_row = rows - skipped * run.config.train.batch_size
     error = TrainingError(
-        f"{run.folder}: ends at step {run.step}: {skipped} steps were skipped in a row (the last: {why}), and {what}; "
-        f"lower train.lr, lengthen train.warmup, or look at the text of the steps from {first} on (rows "
-        f"{rows - skipped * run.config.train.batch_size:,} to {rows - 1:,}), then go on with resume=auto"
+        f"{run.folder}: ends at step {run.step}: {reason}; lower train.lr, lengthen train.warmup, or look at the text "
+        f"of the steps from {first} on (rows {first_row:,} to {rows - 1:,}), then go on with resume=auto"
     )
     error.told_by_main_rank = not run.main
     return error
