@@ -5,6 +5,7 @@ Importing it is cheap (neither torch nor transformers is loaded) and makes expor
     import moect
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained("runs/NAME/export")
+    model = moect.load("BASE", "runs/NAME/adapter")   # a base and what was trained for it
 """
 
 import importlib
@@ -19,6 +20,8 @@ register()
 def __getattr__(name: str):  # moect.append_moe and the like, without importing torch for everybody
     if name.startswith("_"):
         raise AttributeError(f"module 'moect' has no attribute {name!r}")
+    if name == "load":
+        return importlib.import_module("moect.export.adapter").load
     model = importlib.import_module("moect.model")
     if name not in model.__all__:
         raise AttributeError(f"module 'moect' has no attribute {name!r}")

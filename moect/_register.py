@@ -49,8 +49,9 @@ def _register_config(configuration_auto) -> None:
 
 def _register_model(modeling_auto) -> None:
     from moect.model.configuration_moect import MoectConfig
-    from moect.model.modeling_moect import MoectForCausalLM
+    from moect.model.modeling_moect import MoectForCausalLM, MoectModel
 
+    modeling_auto.AutoModel.register(MoectConfig, MoectModel, exist_ok=True)
     modeling_auto.AutoModelForCausalLM.register(MoectConfig, MoectForCausalLM, exist_ok=True)
 
 

@@ -105,11 +105,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    """Write a run's model as a Hugging Face directory."""
-    from moect.export.merged import export_run
+    """Write a run's model as a Hugging Face directory, load it again and prove that it computes the same."""
+    from moect.export.command import run
 
-    path = export_run(arguments.run_folder, arguments.checkpoint, arguments.output, arguments.dtype)
-    print(f"wrote {path}")
+    given = ("checkpoint", "output", "target", "dtype", "instruct", "pickle", "verify")
+    options = {name: getattr(arguments, name) for name in given}
+    options["shard_bytes"] = int(arguments.shard_size * 1e9)
+    run(arguments.run_folder, options, arguments.adapter, arguments.push, arguments.public)
 
 
 def checkpoints(arguments: argparse.Namespace) -> None:
@@ -186,6 +188,14 @@ def bench_data(arguments: argparse.Namespace) -> None:
     run(Options(workers=workers, **{name: getattr(arguments, name) for name in names}))
 
 
+def bench_generate(arguments: argparse.Namespace) -> None:
+    """Time prefill and generation: a base, the same with experts and a gate, a stock mixture, in turns."""
+    from moect.bench.generate import read_options, run
+
+    given = ("model", "text", "batch", "prompt", "new", "device", "threads", "rounds", "seconds", "seed", "output")
+    run(read_options(arguments.shape, arguments.dtype, **{name: getattr(arguments, name) for name in given}))
+
+
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     """Overrides may stand before and after options, which argparse alone does not allow."""
     parser = _parser()
@@ -243,8 +253,20 @@ def _parser() -> argparse.ArgumentParser:
     made = command(export)
     made.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run")
     made.add_argument("--checkpoint", metavar="step-N", help="default: the best within monitor.max_forgetting")
-    made.add_argument("--output", type=Path, help="default: RUN/export")
+    made.add_argument("--output", type=Path, metavar="DIR", help="default: RUN/export")
+    made.add_argument(
+        "--target", metavar="NAME", help="architecture (default: export.target of the run); moect plan lists"
+    )
     made.add_argument("--dtype", choices=("auto", "fp32", "bf16"), help="default: export.dtype of the run")
+    made.add_argument("--shard-size", type=float, default=2.0, metavar="GB", help="of a file of weights (default 2)")
+    made.add_argument("--no-verify", dest="verify", action="store_false", help="do not compare logits")
+    made.add_argument("--adapter", action="store_true", help="what was trained alone, for moect.load (or peft)")
+    made.add_argument(
+        "--instruct-delta", dest="instruct", metavar="MODEL", help="add what this chat model has more than the base"
+    )
+    made.add_argument("--pickle", action="store_true", help="with --instruct-delta: read it from pickled weights too")
+    made.add_argument("--push", metavar="ORG/NAME", help="then send it to the Hugging Face hub, private when made")
+    made.add_argument("--public", action="store_true", help="with --push: a repository that is made now is public")
 
     made = command(checkpoints)
     made.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run")
@@ -283,6 +305,7 @@ def _parser() -> argparse.ArgumentParser:
     parts = bench.add_subparsers(required=True, metavar="PART")
     _add_bench_dispatch(parts)
     _add_bench_data(parts)
+    _add_bench_generate(parts)
     return parser
 
 
@@ -332,6 +355,35 @@ def _add_bench_data(parts) -> None:
     made.add_argument("--workers", type=_positive, help="our processes, and the library's threads (default: the cores)")
     made.add_argument("--rounds", type=_positive, default=3, help="of both (default 3)")
     made.add_argument("--seed", type=int, default=0, help="of text and order (default 0)")
+    made.add_argument("--output", type=Path, metavar="FILE.json", help="write all numbers there; never over a file")
+
+
+def _add_bench_generate(parts) -> None:
+    doc = bench_generate.__doc__
+    made = parts.add_parser(
+        "generate",
+        help=doc[0].lower() + doc[1:].rstrip("."),
+        description=doc,
+        epilog="example: moect bench generate --model runs/extend/export --text english.txt",
+    )
+    made.set_defaults(run=bench_generate)
+    made.add_argument(
+        "--shape",
+        metavar="L,D,F,V,E,K,W",
+        help="blocks, width, FFN width, vocabulary, experts, experts a token, expert width, of random models "
+        "(default: 8,512,1536,32768,4,2,1536)",
+    )
+    made.add_argument("--model", type=Path, metavar="DIR", help="an exported model, instead of random ones")
+    made.add_argument("--text", metavar="PATH", help="with --model: file, glob or folder of documents to go through")
+    made.add_argument("--dtype", nargs="+", metavar="NAME", help="fp32, bf16, fp16 (default: fp32 bf16; the model's)")
+    made.add_argument("--batch", type=_positive, default=1, help="texts at once (default 1)")
+    made.add_argument("--prompt", type=_positive, default=128, help="tokens of each text's prompt (default 128)")
+    made.add_argument("--new", type=_positive, default=32, help="tokens that follow, one by one (default 32)")
+    made.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    made.add_argument("--threads", type=_positive, help="CPU threads (default: PyTorch's own choice)")
+    made.add_argument("--rounds", type=_positive, help="default: what --seconds allow, from 5 to 101")
+    made.add_argument("--seconds", type=float, default=20.0, metavar="S", help="for a dtype (default 20)")
+    made.add_argument("--seed", type=int, default=0, help="of weights and tokens (default 0)")
     made.add_argument("--output", type=Path, metavar="FILE.json", help="write all numbers there; never over a file")
 
 

@@ -46,7 +46,7 @@ def evaluate_run(run_folder: Path, checkpoint: str | None = None, overrides: lis
     from moect.data.reading.evaluation import load_evaluation
     from moect.data.vocabulary.extended_tokenizer import extension_of
     from moect.data.vocabulary.tokenizer import kept_tokenizer, load_tokenizer
-    from moect.export.merged import choose_checkpoint
+    from moect.export.checkpoint_choice import choose_checkpoint
     from moect.model.build import base_fingerprint, build_model
     from moect.monitor.forgetting import ForgettingMonitor
     from moect.monitor.measuring.base import base_of

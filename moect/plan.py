@@ -154,6 +154,7 @@ def render(plan: dict) -> str:
     rows.append(("checkpoints", _disk(**plan["checkpoints"])))
     if plan["monitor"]:
         rows += [("" if number else "monitor", line) for number, line in enumerate(_monitor_lines(plan["monitor"]))]
+    rows += [("" if number else "export", line) for number, line in enumerate(plan.get("export", ()))]
     if plan["unused_keys"]:
         rows.append(("not used", f"{', '.join(plan['unused_keys'])} (they say nothing for this configuration)"))
     lines = [f"{name:<14} {text}".rstrip() for name, text in rows]

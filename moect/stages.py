@@ -117,6 +117,7 @@ def plan_stages(stages: list[RunConfig], ranks: int, gpu: str | None = None, mfu
         MoectError: whatever can be known to be wrong with the configuration, the base's shape or the texts.
     """
     from moect.data.batches.loader import check_division, planned_data
+    from moect.export.planned import planned_export
     from moect.model.build import build_model
     from moect.monitor.measuring.cost import planned_lengths
     from moect.plan import make_plan
@@ -144,6 +145,7 @@ def plan_stages(stages: list[RunConfig], ranks: int, gpu: str | None = None, mfu
         plan = make_plan(planned, model, data.records, ranks, gpu, mfu, data.samples, held_out)
         if plan["embeddings"] and len(known) < _unknowns(planned):
             plan["embeddings"]["at_most"] = True
+        plan["export"] = planned_export(planned, model)
         if planned is not config:
             plan["base"] = f"{config.model.base} (to come)"
         plans.append(plan)
@@ -275,7 +277,7 @@ def _is_base(config: RunConfig, later: list[RunConfig]) -> bool:
 
 def _conclude(config: RunConfig, later: list[RunConfig]) -> bool:
     """Export a stage if it is a base, and report on it; False if it is not finished."""
-    from moect.export.merged import export_run
+    from moect.export.run import export_run
     from moect.monitor.reporting.page.report import write_report
     from moect.monitor.reporting.tensorboard import write_end
 
@@ -287,7 +289,7 @@ def _conclude(config: RunConfig, later: list[RunConfig]) -> bool:
     except Exception as error:  # no reason to hold the training up, or the stages after it
         log.warning("no report: %s", error if isinstance(error, MoectError) else repr(error))
     if finished and _is_base(config, later) and not Path(_export(config)).exists():
-        print(f"wrote {export_run(config.folder)}", flush=True)
+        print(f"wrote {export_run(config.folder).folder}", flush=True)
     if not finished and later:
         print(f"{config.folder}: not finished, so {', '.join(c.name for c in later)} must wait", flush=True)
     return finished

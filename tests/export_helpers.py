@@ -11,7 +11,9 @@ import torch
 from tiny import disturb, tiny_model
 
 import moect
-from moect.export.merged import export_merged
+from moect.export.run import ExportOptions
+from moect.export.run import export_run as write_run
+from moect.export.write import export_model
 from moect.model import MoeConfig, append_moe, modules_of
 
 REPOSITORY = Path(moect.__file__).parents[1]
@@ -29,8 +31,9 @@ def extended(family="llama", variant=None, dtype=torch.float32, **changes):
 
 
 def exported(model, folder):
-    """The model, exported without a tokenizer."""
-    return export_merged(model, None, folder, "card")
+    """The model, exported in our own class without a tokenizer."""
+    export_model(model, folder, "moect")
+    return folder
 
 
 def python(code: str, *arguments, cwd: Path, isolated: bool = False) -> str:
@@ -44,3 +47,8 @@ def python(code: str, *arguments, cwd: Path, isolated: bool = False) -> str:
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+def export_run(run: Path, checkpoint: str | None = None, output: Path | None = None, **options) -> Path:
+    """The folder that `moect export` writes."""
+    return write_run(run, ExportOptions(checkpoint, output, **options)).folder

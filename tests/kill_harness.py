@@ -252,7 +252,8 @@ class Harness:
         return taught
 
     def _teach(self, taught: Path, data: dict, steps: dict) -> int:
-        from moect.export.merged import export_run
+        from export_helpers import export_run
+
         from moect.train.loop import train
 
         (self.work / "teaching").mkdir()

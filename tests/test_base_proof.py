@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 import torch
+from export_helpers import export_run
 from safetensors import safe_open
 from small_runs import checkpoint, events, launch
 
 from moect.errors import CheckpointError, ExportError, TrainingError
-from moect.export.merged import export_run
 from moect.model import build
 from moect.train import loop
 from moect.train.checkpoints.reading import read_info, values_digest

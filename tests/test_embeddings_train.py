@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 import torch
+from export_helpers import export_run
 from plain_loop import train_plainly
 from safetensors.torch import load_file
 from small_runs import VOCABULARY, assert_same_bits, checkpoint, events, figures, launch, losses, tensors
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moect.config import load_config
 from moect.data.vocabulary.extended_tokenizer import extension_of
 from moect.data.vocabulary.tokenizer import (
     find_tokenizer,
@@ -21,7 +21,8 @@ from moect.data.vocabulary.tokenizer import (
     run_tokenizer,
 )
 from moect.errors import CheckpointError, ConfigError
-from moect.export.merged import export_run, trained_model
+from moect.export.proof.assembled import assemble
+from moect.export.source import open_run
 from moect.train.checkpoints.reading import read_info
 from moect.train.checkpoints.writing import save_checkpoint
 from moect.train.loop import train
@@ -69,15 +70,15 @@ def test_only_rows_of_unseen_tokens_move_resume_is_exact_and_the_export_holds_th
     assert losses(run) == losses(whole)
     assert_same_bits(run, whole, 6)
 
-    config = load_config(run / "config.yaml")
     written = load_file(export_run(run) / "model.safetensors")
     for name, tensor in load_file(place.inputs / "base" / "model.safetensors").items():
         assert torch.equal(written[name], tensor), name
-    trained = trained_model(config, checkpoint(run, 6), "fp32")
+    trained = open_run(run, "step-6", "fp32").trained
+    model = assemble(trained.subject, trained)
     ids = torch.tensor([chosen[:8], range(10, 18)])
     with torch.no_grad():
         loaded = AutoModelForCausalLM.from_pretrained(run / "export")(ids, use_cache=False).logits
-        torch.testing.assert_close(loaded, trained(ids, use_cache=False).logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(loaded, model(ids, use_cache=False).logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("tied", [True, False])

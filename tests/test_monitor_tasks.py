@@ -23,7 +23,7 @@ from tiny import disturb, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moect.errors import ConfigError, TrainingError
-from moect.export.merged import export_merged
+from moect.export.write import export_model
 from moect.model import MoeConfig, append_moe
 from moect.model.append import base_only
 from moect.model.embeddings import append_rows
@@ -89,7 +89,7 @@ def measured(place, tokenizer, model):
 def exported(place, tokenizer, model, tmp_path_factory):
     """The exported model, and the tasks with their files, as the command needs them."""
     folder = tmp_path_factory.mktemp("exported")
-    export_merged(model, tokenizer, folder / "model", "card")
+    export_model(model, folder / "model", "moect", tokenizer)
     for task, files in ((CHOICE, FILES), (WRITE, {"test": "write.jsonl"})):
         data = {split: str(place / name) for split, name in files.items()}
         shots = {"num_fewshot": 2} if task is CHOICE else {}
@@ -140,7 +140,7 @@ def test_a_model_with_rows_of_its_own_for_tokens_answers_as_its_export_does(plac
     model = make_model(appended=False)
     append_rows(append_moe(model, MoeConfig(experts=3, top_k=2, width=16)), range(5, 200))
     disturb(model, scale=0.3)
-    export_merged(model, tokenizer, tmp_path / "model", "card")
+    export_model(model, tmp_path / "model", "moect", tokenizer)
     results = tasks.measure(model, batch_size=4)
     assert results == tasks.measure(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), batch_size=4)
     assert results != tasks.measure(plain, batch_size=4)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from export_helpers import export_run
 from transformers import AutoModelForCausalLM
 
 import moect  # noqa: F401  (registers the exported class)
-from moect.export.merged import export_run
 from moect.model.build import load_base
 from moect.monitor.rows import read_rows
 from moect.stages import load_stages, run_stages

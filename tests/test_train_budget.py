@@ -8,13 +8,14 @@ import os
 import shutil
 
 import pytest
+from export_helpers import export_run
 from small_runs import Place, assert_same_bits, checkpoint, events, figures, launch, tensors
 
 from moect import distributed
 from moect.config import load_config
 from moect.errors import DataError, ExportError, ForgettingError
 from moect.evaluate import evaluate_run
-from moect.export.merged import choose_checkpoint, export_run
+from moect.export.checkpoint_choice import choose_checkpoint
 from moect.monitor.rows import read_rows
 from moect.monitor.verdict import verdicts
 from moect.stages import load_stages, run_stages

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from export_helpers import export_run
 from safetensors.torch import load_file, save_file
 from small_runs import REPOSITORY, VOCABULARY, Place, checkpoint, copy_run, free_port, losses, tensors
 from tiny import SHAPE, tiny_model
@@ -16,7 +17,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moect.config import config_from_dict
 from moect.errors import ConfigError
-from moect.export.merged import export_run
 from moect.model.build import load_base
 from moect.train.loop import train
 

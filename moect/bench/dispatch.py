@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,6 +25,7 @@ from moect.bench.free_memory import free_bytes
 from moect.bench.machine import machine, versions
 from moect.bench.memory import peak_extra_bytes
 from moect.bench.peers import peers
+from moect.bench.progress import Progress
 from moect.bench.result_file import result_file
 from moect.bench.turns import SECONDS, Times, dense_flops_per_second, take_turns
 from moect.dispatch import backends, choose
@@ -186,7 +186,7 @@ def _measure_case(options: Options, shape: Shape, dtype: str, dense: float | Non
     # these may compile kernels and say so, which is not to stand in a line of progress
     auto = choose("auto", problem.x_TD, problem.gate_up_E2FD)
     entrants = [*of_backends(list(options.backends), problem), *peers(problem)]
-    tell = _Progress(f"{shape} {dtype}")
+    tell = Progress(f"{shape} {dtype}")
     tell("checking against float64")
     exact = exact_results(problem)
     for entrant in entrants:
@@ -244,19 +244,3 @@ def _record(
         if dense and problem.dtype == torch.bfloat16:  # whose rate it is
             record["share_of_dense"] = record["forward_backward_gflops_per_s"] * 1e9 / dense
     return record
-
-
-class _Progress:
-    """One line on stderr that is written over again and again, for somebody who watches it."""
-
-    def __init__(self, case: str):
-        self.case = case
-        self.write: Callable[[str], object] = sys.stderr.write if sys.stderr.isatty() else lambda text: None
-
-    def __call__(self, what: str) -> None:
-        """What is done now; nothing clears the line."""
-        self.write(f"\r\033[K{self.case}: {what}" if what else "\r\033[K")
-        sys.stderr.flush()
-
-    def round(self, number: int, rounds: int, seconds: float) -> None:
-        self(f"round {number} of {rounds}, {seconds:.0f} s left")

@@ -11,12 +11,14 @@ from math import ceil
 from random import Random
 from statistics import median
 from time import perf_counter
+from typing import TypeVar
 
 import torch
 
 from moect.bench.contestants import Contestant
 
 Timer = Callable[[Callable[[], object]], float]
+Taken = TypeVar("Taken")
 
 SECONDS = 20.0  # of timing for one shape and dtype, unless the fewest rounds take longer
 FEWEST, MOST = 5, 101  # rounds
@@ -71,8 +73,7 @@ def take_turns(
     floor = warm[contestants[0].name]
     slow = {name for name, cost in warm.items() if cost > SLOW * floor}
     cost = sum(ms / 4 if name in slow else ms for name, ms in warm.items()) / 1000
-    if rounds is None:
-        rounds = max(FEWEST, int(min(MOST, seconds / cost)))
+    rounds = rounds or _rounds_in(seconds, cost)
     few = min(rounds, max(FEWEST, ceil(rounds / 4)))
 
     times = {c.name: Times() for c in contestants}
@@ -88,6 +89,32 @@ def take_turns(
     return times
 
 
+def rounds_of(
+    one_round: Callable[[Random], Taken],
+    rounds: int | None = None,
+    seconds: float = SECONDS,
+    seed: int = 0,
+    tell: Callable[[int, int, float], None] = lambda number, rounds, seconds: None,
+) -> list[Taken]:
+    """What each round returned, for rounds that time themselves; the first two are warm-up, and say how long one takes.
+
+    Args:
+        one_round: draws the order of its turns from what it is given.
+        rounds, seconds, seed, tell: as in `take_turns`.
+    """
+    draw = Random(seed)
+    one_round(draw)
+    began = perf_counter()
+    one_round(draw)
+    cost = perf_counter() - began
+    rounds = rounds or _rounds_in(seconds, cost)
+    taken = []
+    for number in range(rounds):
+        taken.append(one_round(draw))
+        tell(number + 1, rounds, cost * (rounds - number - 1))
+    return taken
+
+
 def dense_flops_per_second(device: str, size: int = 8192, rounds: int = 20) -> float:
     """The rate of one large square matrix product in bf16, median: what the machine can do at its best."""
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -95,6 +122,10 @@ def dense_flops_per_second(device: str, size: int = 8192, rounds: int = 20) -> f
     measure = timer(device)
     taken = [measure(lambda: torch.mm(a, b, out=out)) for _ in range(rounds + WARM_UPS[device])]
     return 2 * size**3 / (median(taken[WARM_UPS[device] :]) / 1000)
+
+
+def _rounds_in(seconds: float, cost: float) -> int:
+    return max(FEWEST, int(min(MOST, seconds / cost)))
 
 
 def _turn(contestant: Contestant, measure: Timer) -> tuple[float, float]:

@@ -72,11 +72,29 @@ def append_moe(
     check_config(model.config)
     if is_appended(model):
         raise UnsupportedModelError("the model has an appended module already; call remove_moe first")
+    append_to_blocks(model.model, model.config, config, seed, within)
+    model.lm_head.requires_grad_(False)
+    model.model._moect_hook = model.model.register_forward_pre_hook(_provide_record, with_kwargs=True)
+    model.moe_config = config
+    return model
+
+
+def append_to_blocks(
+    decoder: nn.Module,
+    base_config,
+    config: MoeConfig,
+    seed: int = 0,
+    within: Callable[[nn.Module, nn.Module], AbstractContextManager] | None = None,
+) -> None:
+    """What `append_moe` does to the blocks of `decoder`, a model without head, of which `base_config` is the config.
+
+    Whoever calls this sees to the record: each pass through the blocks needs one, by the keyword `RECORD`.
+    """
     try:
-        indices = config.layer_indices(model.config.num_hidden_layers)
+        indices = config.layer_indices(base_config.num_hidden_layers)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    ffn_width = model.config.intermediate_size
+    ffn_width = base_config.intermediate_size
     if config.init == "copy" and config.width not in (None, ffn_width):
         raise ConfigError(f"moe.init: copy needs experts as wide as the base's FFN ({ffn_width}), not {config.width}")
 
@@ -85,27 +103,23 @@ def append_moe(
     if config.top_k == 1 < config.experts and config.renormalise:
         _warn_once("moe.top_k is 1 and moe.renormalise true: weights are always 1, the text does not train the router")
 
-    model.requires_grad_(False)
-    blocks = blocks_of(model)
+    decoder.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    appended_class = _appended_class(type(blocks[0]))
-    for index, block in enumerate(blocks):
+    appended_class = _appended_class(type(decoder.layers[0]))
+    for index, block in enumerate(decoder.layers):
         block.__class__ = appended_class
         block.moe = None
         if index not in indices:
             continue
         weight = block.mlp.down_proj.weight
         with torch.device("meta"):
-            moe = MoEFFN(config, model.config.hidden_size, ffn_width, index, decides=index == indices[0])
+            moe = MoEFFN(config, base_config.hidden_size, ffn_width, index, decides=index == indices[0])
         moe.to(dtype=weight.dtype).to_empty(device=weight.device)
         _keep_buffers_fp32(moe)
         if weight.device.type != "meta":
             with within(block.mlp, moe) if within else nullcontext():
                 moe.reset(block.mlp, generator)
         block.moe = moe.train(block.training)
-    model.model._moect_hook = model.model.register_forward_pre_hook(_provide_record, with_kwargs=True)
-    model.moe_config = config
-    return model
 
 
 def remove_moe(model: nn.Module) -> nn.Module:
@@ -165,14 +179,24 @@ def _warn_once(text: str) -> None:
     log.warning(text)
 
 
+@functools.cache  # two models of a family share their classes: engines look classes up, and compile them once
 def _appended_class(base_class: type) -> type:
     return type(f"Appended{base_class.__name__}", (AppendedBlock, base_class), {"__module__": base_class.__module__})
 
 
-def _provide_record(module, args, kwargs):
+def provide_record(kwargs: dict) -> None:
+    """See to it that the keywords of a forward pass hold a record that nothing is in.
+
+    Raises:
+        ValueError: the caller's was used before.
+    """
     record = kwargs.setdefault(RECORD, ForwardRecord())
     if record.blocks or record.gate_logit_T is not None:
         raise ValueError(f"{RECORD} was used in another forward pass: give each pass a new ForwardRecord()")
+
+
+def _provide_record(module, args, kwargs):
+    provide_record(kwargs)
     return args, kwargs
 
 

@@ -190,7 +190,7 @@ def base_fingerprint(config: ModelConfig, seed: int = 0, files: dict[str, str] |
 def base_files(config: ModelConfig) -> dict[str, str]:
     """The sha256 of each of the base's safetensors files, by name, in order; none of a base made from scratch."""
     files = {}
-    for path in sorted(_weights_folder(config).glob("*.safetensors")) if config.from_config is None else ():
+    for path in sorted(weights_folder(config).glob("*.safetensors")) if config.from_config is None else ():
         with path.open("rb") as file:
             files[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return files
@@ -270,7 +270,7 @@ def _source(config: ModelConfig) -> dict:
     }
 
 
-def _weights_folder(config: ModelConfig) -> Path:
+def weights_folder(config: ModelConfig) -> Path:
     if os.path.isdir(config.base):
         return Path(config.base)
     from huggingface_hub import snapshot_download

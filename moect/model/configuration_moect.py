@@ -52,9 +52,21 @@ class MoectConfig(PretrainedConfig):
             kwargs.pop("auto_map", None)  # saved again, no modelling file will lie beside it
         super().__init__(**kwargs)
 
-    def get_text_config(self, decoder=None, encoder=None) -> PretrainedConfig:
-        """The base's config: caches and masks are made from it."""
-        return self.base_config
+    def __getattr__(self, name: str):
+        """What is not the module's is the base's: `head_dim`, `layer_types` and all that caches, masks and serving
+        engines ask a config for. So this config is the text config itself, and not one with another inside: engines
+        take the latter for a model of images and text."""
+        if name.startswith("_") or name == "base_config":
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self.base_config, name)
+
+    def __setattr__(self, name: str, value) -> None:
+        base_config = self.__dict__.get("base_config")
+        private = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
+        if base_config is not None and not private and hasattr(base_config, name):
+            setattr(base_config, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def vocab_size(self) -> int:
@@ -65,13 +77,10 @@ class MoectConfig(PretrainedConfig):
     def vocab_size(self, value: int) -> None:
         self.base_config.vocab_size = value - self.added_tokens
 
-    hidden_size = _of_base("hidden_size")
-    intermediate_size = _of_base("intermediate_size")
-    num_hidden_layers = _of_base("num_hidden_layers")
-    num_attention_heads = _of_base("num_attention_heads")
-    num_key_value_heads = _of_base("num_key_value_heads")
-    max_position_embeddings = _of_base("max_position_embeddings")
+    # these every config has, so that they are not asked of the base by themselves
     tie_word_embeddings = _of_base("tie_word_embeddings")
     bos_token_id = _of_base("bos_token_id")
     eos_token_id = _of_base("eos_token_id")
     pad_token_id = _of_base("pad_token_id")
+    base_model_tp_plan = _of_base("base_model_tp_plan")
+    base_model_pp_plan = _of_base("base_model_pp_plan")

@@ -266,20 +266,42 @@ def append_rows(
         )
     spare = len(pieces) - len(beyond)
     for place in (embedding,) if model.config.tie_word_embeddings else (embedding, head):
-        weight = place.weight
-        with torch.device("meta"):
-            rows = TokenRows(len(ids), model.config.hidden_size, V, len(beyond), spare, model.moe_config)
-        rows.to(dtype=weight.dtype).to_empty(device=weight.device)
-        if weight.device.type != "meta":
+        rows = place_rows(place, len(ids), len(beyond), spare, model.moe_config)
+        if place.weight.device.type != "meta":
             with within(place, rows) if within else nullcontext():
                 rows.reset(torch.tensor(ids))
                 rows.start_from_pieces(place.weight, first_id, pieces)
-        place.rows = rows.train(place.training)
-    _mix_in(embedding, EmbeddingWithRows)
     if not isinstance(model, ExtendedCausalLM):
         _mix_in(model, ExtendedCausalLM)
     model.config.vocab_size = V + len(beyond)
     return model
+
+
+def place_rows(place: nn.Module, count: int, added: int, spare: int, config: MoeConfig) -> TokenRows:
+    """Give embedding or head, with the base's matrix, room for `count` rows; nothing is in it as yet.
+
+    Args:
+        place: the embedding, which then uses them, or the head, whose model has to.
+        count, added, spare, config: as in `TokenRows`.
+    """
+    is_embedding = isinstance(place, nn.Embedding)
+    V, D = (
+        (place.num_embeddings, place.embedding_dim) if is_embedding else (place.out_features, place.in_features)
+    )  # a divided weight has no shape
+    with torch.device("meta"):
+        rows = TokenRows(count, D, V, added, spare, config)
+    rows.to(dtype=place.weight.dtype).to_empty(device=place.weight.device)
+    place.rows = rows.train(place.training)
+    if is_embedding:
+        _mix_in(place, EmbeddingWithRows)
+    return rows
+
+
+def append_counted_rows(model: nn.Module, rows: int, added_tokens: int = 0, spare_tokens: int = 0) -> nn.Module:
+    """Room for so many rows, counted as `MoectConfig` does; which tokens they are of is among the tensors to load."""
+    added = added_tokens + spare_tokens
+    first_id = model.model.embed_tokens.num_embeddings - spare_tokens
+    return append_rows(model, range(rows - added), first_id, [[0]] * added)
 
 
 def remove_rows(model: nn.Module) -> None:

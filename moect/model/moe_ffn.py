@@ -8,7 +8,7 @@
 With a language gate (fusion `add` only) q scales e in training, and decides at inference: a token with q at or below
 the threshold leaves the block as r + f, bit for bit what the base computes, and costs no expert any work.
 
-B batch, S sequence, T = B·S tokens, K experts per token, E experts, D width, F expert width
+B batch, S sequence, T = B·S tokens, O open tokens, K experts per token, E experts, D width, F expert width
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moect.errors import UnsupportedModelError
 from moect.model.experts import Experts
 from moect.model.fusion import Fusion
 from moect.model.language_gate import LanguageGate
@@ -60,21 +61,34 @@ class MoEFFN(nn.Module):
 
     def forward(self, r_BSD: Tensor, u_BSD: Tensor, f_BSD: Tensor, record: ForwardRecord) -> Tensor:
         """The block's output h' (B, S, D) from residual r, FFN input u and frozen FFN output f."""
+        if self.config.language_gate and not self.training:
+            return self._with_open_tokens(r_BSD, u_BSD, f_BSD, record)
         r_TD, u_TD, f_TD = (x_BSD.flatten(0, 1) for x_BSD in (r_BSD, u_BSD, f_BSD))
-        if not self.config.language_gate:
+        if self.config.language_gate:
+            logit_T = self._gate_logit(u_TD, record)
+            e_TD = self._mixture(u_TD, record)
+            h_TD = r_TD + (f_TD + logit_T.sigmoid()[:, None].to(e_TD.dtype) * e_TD)
+        else:
             e_TD = self._mixture(u_TD, record)
             h_TD, share_T = self.fusion(r_TD, f_TD, e_TD)
             record.blocks[self.index].frozen_share_T = share_T
-        else:
-            logit_T = self._gate_logit(u_TD, record)
-            if self.training:
-                e_TD = self._mixture(u_TD, record)
-                h_TD = r_TD + (f_TD + logit_T.sigmoid()[:, None].to(e_TD.dtype) * e_TD)
-            else:
-                h_TD = r_TD + self._add_to_open_tokens(
-                    f_TD, u_TD, logit_T.sigmoid() > self.config.gate_threshold, record
-                )
         return h_TD.view_as(r_BSD)
+
+    def _with_open_tokens(self, r_BSD: Tensor, u_BSD: Tensor, f_BSD: Tensor, record: ForwardRecord) -> Tensor:
+        """With the hard gate: r + f, and e where it is open. A pass without open tokens costs a block nothing more."""
+        if self.language_gate is not None:
+            record.open_T = self._gate_logit(u_BSD.flatten(0, 1), record).sigmoid() > self.config.gate_threshold
+            record.open_token = record.open_T.nonzero()[:, 0]  # on a GPU the host waits here, once a pass
+        if record.open_token is None:
+            raise UnsupportedModelError(
+                f"block {self.index} needs the language gate's value, and the block that decides it did not run here: "
+                "serve without stages of a pipeline, dividing tensors instead (--tensor-parallel-size in vLLM)"
+            )
+        if len(record.open_token) == 0:
+            return r_BSD + f_BSD
+        open_T, token = (t.to(u_BSD.device) for t in (record.open_T, record.open_token))
+        e_OD = self._mixture(u_BSD.flatten(0, 1)[token], record, open_T)
+        return r_BSD + f_BSD.flatten(0, 1).index_add(0, token, e_OD).view_as(f_BSD)
 
     def _mixture(self, u_TD: Tensor, record: ForwardRecord, open_T: Tensor | None = None) -> Tensor:
         before = record.blocks.get(self.index)  # set: this is the block's recomputation in backward
@@ -90,9 +104,3 @@ class MoEFFN(nn.Module):
         if record.gate_logit_T is None:
             record.gate_logit_T = logit_T
         return logit_T
-
-    def _add_to_open_tokens(self, f_TD: Tensor, u_TD: Tensor, open_T: Tensor, record: ForwardRecord) -> Tensor:
-        token = open_T.nonzero()[:, 0]
-        if len(token) == 0:
-            return f_TD
-        return f_TD.index_add(0, token, self._mixture(u_TD[token], record, open_T))

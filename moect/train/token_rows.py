@@ -15,7 +15,7 @@ from moect.data.tokens.store import TokenStore, find_store
 from moect.data.tokens.unseen import unseen_tokens
 from moect.data.vocabulary.extended_tokenizer import Extension, extension_of
 from moect.errors import CheckpointError
-from moect.train.checkpoints.reading import read_module
+from moect.train.checkpoints.reading import Tensors
 
 IDS = "model.embed_tokens.rows.ids"  # in a checkpoint; absent where no token has a row of its own
 log = logging.getLogger("moect.train")
@@ -74,7 +74,7 @@ def planned_rows(config: RunConfig, tokenizer, cache_folder: Path) -> dict:
 
 def kept_rows(checkpoint: Path) -> list[int]:
     """The tokens that have rows of their own in a checkpoint."""
-    tensors = read_module(checkpoint)
+    tensors = Tensors(checkpoint, "module")
     return tensors[IDS].tolist() if IDS in tensors else []
 
 

@@ -1,0 +1,54 @@
+"""How far a long piece of work on tensors is: a bar for somebody who watches, else a line in the log now and then."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from time import monotonic
+
+from moect import tables
+
+log = logging.getLogger("moect.export")
+INTERVAL = 30.0  # seconds between two lines
+
+
+class Progress:
+    """Counts bytes; says nothing where half a minute is enough for all and nobody watches.
+
+    Args:
+        verb: what is done.
+        total: bytes of all.
+        done: of these, what was done before.
+    """
+
+    def __init__(self, verb: str, total: int, done: int = 0):
+        self.verb, self.total, self.before, self.done = verb, total, done, done
+        self.began = self.last = monotonic()
+        self._bar = self._task = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(compact=True)
+            self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task(verb, total=total, completed=done)
+            self._bar.start()
+
+    def add(self, n_bytes: int) -> None:
+        """So many more."""
+        self.done += n_bytes
+        if self._bar:
+            self._bar.update(self._task, completed=self.done)
+            return
+        now = monotonic()
+        if now - self.last >= INTERVAL and self.done < self.total:
+            self.last = now
+            seconds = (now - self.began) * (self.total - self.done) / max(1, self.done - self.before)
+            share = f"{tables.size(self.done)} of {tables.size(self.total)}"
+            log.info("%s: %s, ETA %dm", self.verb, share, round(seconds / 60))
+
+    def end(self) -> None:
+        """All is done, or it cannot go on."""
+        if self._bar:
+            self._bar.stop()

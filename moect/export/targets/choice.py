@@ -1,0 +1,55 @@
+"""Which targets there are, what each says to a model, and which is the best."""
+
+from __future__ import annotations
+
+from moect.errors import ExportError
+from moect.export.targets.base_form import BaseForm
+from moect.export.targets.form import Subject, Support, Target
+from moect.export.targets.glm4_moe import Glm4Moe
+from moect.export.targets.granitemoeshared import GraniteMoeShared
+from moect.export.targets.own import Own
+from moect.export.targets.qwen2_moe import Qwen2Moe
+
+# the best first: stock architectures that every engine serves, the exact ones before the others
+TARGETS: tuple[Target, ...] = (Glm4Moe(), Qwen2Moe(), GraniteMoeShared(), Own(), BaseForm())
+NAMES = tuple(target.name for target in TARGETS)
+
+
+def answers(subject: Subject) -> dict[str, Support]:
+    """What each target says, by its name."""
+    return {target.name: target.supports(subject) for target in TARGETS}
+
+
+def choose(name: str, subject: Subject) -> Target:
+    """The target of that name; of `auto` the best.
+
+    Raises:
+        ExportError: it cannot hold the model; says why, and which can.
+    """
+    supports = answers(subject)
+    can = [target for target in TARGETS if supports[target.name].reason is None]
+    if name == "auto":
+        return next((t for t in can if supports[t.name].bitwise), can[0])
+    target = next((t for t in TARGETS if t.name == name), None)
+    others = ", ".join(t.name for t in can)
+    if target is None:
+        raise ExportError(f"export target {name}: there is no such target; this model can be written as {others}")
+    if reason := supports[name].reason:
+        raise ExportError(f"export target {name}: {reason}; this model can be written as {others}")
+    return target
+
+
+def describe(subject: Subject, name: str = "auto") -> list[str]:
+    """What will be written, and a line for each target, for people.
+
+    Raises:
+        ExportError: the target of that name cannot hold the model.
+    """
+    lines = [f"as {choose(name, subject).name}"]
+    for name, support in answers(subject).items():
+        if name == BaseForm.name and support.reason:
+            continue  # says nothing that the others do not
+        exact = "bit for bit" if support.bitwise else "to rounding"
+        note = f"; {support.note}" if support.note else ""
+        lines.append(f"{name}: no, {support.reason}" if support.reason else f"{name}: yes, {exact}{note}")
+    return lines
