@@ -258,7 +258,9 @@ def _parser() -> argparse.ArgumentParser:
         "--target", metavar="NAME", help="architecture (default: export.target of the run); moect plan lists"
     )
     made.add_argument("--dtype", choices=("auto", "fp32", "bf16"), help="default: export.dtype of the run")
-    made.add_argument("--shard-size", type=float, default=2.0, metavar="GB", help="of a file of weights (default 2)")
+    made.add_argument(
+        "--shard-size", type=_gigabytes, default=2.0, metavar="GB", help="of a file of weights (default 2)"
+    )
     made.add_argument("--no-verify", dest="verify", action="store_false", help="do not compare logits")
     made.add_argument("--adapter", action="store_true", help="what was trained alone, for moect.load (or peft)")
     made.add_argument(
@@ -408,6 +410,13 @@ def _size(text: str) -> float:
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError("must be above 0")
     return number
+
+
+def _gigabytes(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is no size: give more than 0")
+    return value
 
 
 def _share(text: str) -> float:
