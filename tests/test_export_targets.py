@@ -201,10 +201,13 @@ def test_auto_takes_the_first_that_is_exact(family, moe, name):
 
 def test_plan_says_what_each_target_answers():
     lines = describe(Subject(tiny_config("llama"), MoeConfig(**SOFTMAX), "fp32"))
-    assert lines[0] == "as qwen2_moe"
-    assert lines[1] == "glm4_moe: no, its router is a sigmoid, and moe.router is `softmax`"
-    assert lines[2].startswith("qwen2_moe: yes, bit for bit; its router computes in the dtype of the weights")
-    assert [line.partition(":")[0] for line in lines[3:]] == ["granitemoeshared", "moect"]
+    assert lines[0].startswith("as qwen2_moe: bit for bit; its router computes in the dtype of the weights")
+    assert lines[1:3] == ["granitemoeshared: to rounding", "moect: bit for bit"]
+    assert lines[3:] == ["not glm4_moe: its router is a sigmoid, and moe.router is `softmax`"]
+    gated = describe(Subject(tiny_config("llama"), MoeConfig(fusion="add", language_gate=True), "fp32"))
+    assert gated[1:] == [
+        "not glm4_moe, qwen2_moe, granitemoeshared: it has no gate that skips the experts (moe.language_gate)"
+    ]
 
 
 def test_configuration_knows_every_target():

@@ -40,16 +40,18 @@ def choose(name: str, subject: Subject) -> Target:
 
 
 def describe(subject: Subject, name: str = "auto") -> list[str]:
-    """What will be written, and a line for each target, for people.
+    """What will be written, and what each target answers, for people; those of one answer in one line.
 
     Raises:
         ExportError: the target of that name cannot hold the model.
     """
-    lines = [f"as {choose(name, subject).name}"]
-    for name, support in answers(subject).items():
-        if name == BaseForm.name and support.reason:
-            continue  # says nothing that the others do not
-        exact = "bit for bit" if support.bitwise else "to rounding"
-        note = f"; {support.note}" if support.note else ""
-        lines.append(f"{name}: no, {support.reason}" if support.reason else f"{name}: yes, {exact}{note}")
-    return lines
+    chosen, lines, refused = choose(name, subject), [], {}
+    for target, support in answers(subject).items():
+        if support.reason:
+            if target != BaseForm.name:  # says nothing that the others do not
+                refused.setdefault(support.reason, []).append(target)
+            continue
+        lines.append(f"{target}: {'bit for bit' if support.bitwise else 'to rounding'}")
+        if target == chosen.name:
+            lines.insert(0, f"as {lines.pop()}{f'; {support.note}' if support.note else ''}")
+    return [*lines, *(f"not {', '.join(targets)}: {reason}" for reason, targets in refused.items())]
