@@ -112,8 +112,8 @@ class ExportConfig:
 
     __pydantic_config__ = STRICT
     dtype: Literal["auto", "fp32", "bf16"] = option("auto", "dtype of the weights; auto: train.precision")
-    target: Literal["auto", "glm4_moe", "qwen2_moe", "granitemoeshared", "moect", "base"] = option(
-        "auto", "architecture to write; auto: the best that holds the model, see docs/export.md"
+    target: Literal["auto", "glm4_moe", "qwen2_moe", "granitemoeshared", "mixtral", "qwen3_moe", "moect", "base"] = (
+        option("auto", "architecture to write; auto: the best that holds the model, see docs/export.md")
     )
 
 

@@ -27,13 +27,13 @@ class MoeConfig:
     layers: str | list[int] = option(
         "all", "blocks that get a module: `all`, `every-N` (blocks N-1, 2N-1, …), or a list of block indices"
     )
-    experts: int = option(4, "experts per block, E")
+    experts: int = option(4, "experts per block, E; with `fusion: routed` the frozen FFN is one of them")
     top_k: int = option(2, "experts per token, K")
     width: int | None = option(None, "width of an expert, F; null: the width of the base's FFN")
     router: Literal["softmax", "sigmoid"] = option("softmax", "how router logits become scores; always in fp32")
     renormalise: bool = option(True, "divide a token's K weights by their sum")
     routed_scale: float = option(1.0, "factor on the weights after that")
-    fusion: Literal["gate", "discrete", "fixed", "add"] = option(
+    fusion: Literal["gate", "discrete", "fixed", "add", "routed"] = option(
         "gate", "how the experts' output m joins the frozen FFN's output f: see docs/concepts.md"
     )
     fixed_weight: float = option(0.5, "s of the `fixed` fusion: r + s·f + (1-s)·m")
@@ -75,6 +75,14 @@ class MoeConfig:
             raise ValueError(f"moe.gate_threshold is {self.gate_threshold}: it must lie in [0, 1)")
         if self.language_gate and self.fusion != "add":
             raise ValueError(f"moe.language_gate needs moe.fusion: add, and it is `{self.fusion}`")
+        if self.fusion == "routed":
+            if self.experts < 2:
+                raise ValueError("moe.fusion: routed needs moe.experts of 2 at least, the frozen FFN being one of them")
+            if self.init == "zero" or not self.renormalise or self.routed_scale != 1.0:
+                raise ValueError(
+                    "moe.fusion: routed begins as the base only with copies whose weights sum to 1: init: auto, "
+                    "renormalise: true, routed_scale: 1.0"
+                )
         if self.init == "copy":
             if self.fusion == "add":
                 raise ValueError("moe.init: copy would double the FFN under fusion `add`: use init: zero or auto")
@@ -87,6 +95,11 @@ class MoeConfig:
             return self.init == "copy"
         sums_to_one = self.renormalise and self.routed_scale == 1.0
         return self.fusion != "add" and sums_to_one and self.width in (None, ffn_width)
+
+    @property
+    def trained_experts(self) -> int:
+        """Experts that have parameters of their own."""
+        return self.experts - (self.fusion == "routed")
 
     def layer_indices(self, num_layers: int) -> list[int]:
         """The chosen blocks, ascending.

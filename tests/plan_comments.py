@@ -43,7 +43,11 @@ def expected(path: Path) -> list[str] | None:
     lines = []
     for stage, plan in zip(stages, plan_stages(stages, arguments.ranks, arguments.gpu, arguments.mfu), strict=True):
         wanted = LATER if lines else FIRST
-        rows = [row for row in render({**plan, "export": []}).partition("\n\n")[0].splitlines() if row[:14].strip() in wanted]
+        rows = [
+            row
+            for row in render({**plan, "export": []}).partition("\n\n")[0].splitlines()
+            if row[:14].strip() in wanted
+        ]
         lines += [f"#     stage {stage.name}", *(f"#     {row}" for row in rows)]
     return lines
 

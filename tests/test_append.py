@@ -23,6 +23,7 @@ VARIANTS = {
     "fixed-narrow": {"fusion": "fixed", "width": 16},
     "gate-wide": {"fusion": "gate", "width": 128},
     "gate-unnormalised": {"fusion": "gate", "renormalise": False},
+    "routed": {"fusion": "routed"},
     "add": {"fusion": "add"},
     "add-sigmoid": {"fusion": "add", "router": "sigmoid", "renormalise": False, "balance": "bias"},
     "language-gate": {"fusion": "add", "language_gate": True, "width": 24},

@@ -25,6 +25,7 @@ from moect.model.embeddings import append_rows
 NATIVE = {"fusion": "add", "router": "sigmoid", "balance": "bias", "routed_scale": 1.7}
 SOFTMAX = {"fusion": "add"}
 FULL = {"sliding_window": None}  # mistral's default is a window
+ROUTED = {"fusion": "routed"}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
 LLAMA3 = {
     **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
@@ -58,7 +59,16 @@ CASES = {
         ("mistral", {**SOFTMAX, "layers": [0, 1], "width": 24, "routed_scale": 0.5}, FULL),
         ("llama", {"fusion": "fixed", "fixed_weight": 0.5}, {"rope_parameters": YARN}),
     ],
-    "moect": [(family, {"fusion": "gate"}, {}) for family in FAMILIES],
+    "mixtral": [
+        ("llama", ROUTED, {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
+        ("mistral", {**ROUTED, "experts": 3, "top_k": 3}, {"sliding_window": 6}),
+        ("llama", {**ROUTED, "experts": 2, "top_k": 1}, {"head_dim": 12, "num_key_value_heads": 4}),
+    ],
+    "qwen3_moe": [
+        ("qwen3", ROUTED, {}),
+        ("qwen3", {**ROUTED, "layers": [0, 2], "experts": 5}, {"tie_word_embeddings": True, "attention_bias": True}),
+    ],
+    "moect": [(family, {"fusion": fusion}, {}) for family in FAMILIES for fusion in ("gate", "routed")],
 }
 ALL = [(name, *case) for name, cases in CASES.items() for case in cases]
 
@@ -114,7 +124,7 @@ def test_in_bf16_the_weights_are_those_that_trained(name, family, moe, changes, 
     assert comparison.difference <= comparison.bound
 
 
-@pytest.mark.parametrize("name", ["glm4_moe", "qwen2_moe", "granitemoeshared"])
+@pytest.mark.parametrize("name", ["glm4_moe", "qwen2_moe", "granitemoeshared", "mixtral", "qwen3_moe"])
 def test_tensors_have_the_names_and_shapes_that_transformers_itself_saves(name, tmp_path):
     family, moe, changes = CASES[name][0]
     export_model(extended(family, moe, **changes), tmp_path / "export", name)
@@ -165,6 +175,18 @@ REASONS = {
         ("mistral", SOFTMAX, {"sliding_window": 64}, "sees 64 tokens only"),
         ("llama", SOFTMAX, {"head_dim": 12}, "the width of a head"),
     ],
+    "mixtral": [
+        ("llama", SOFTMAX, {}, "moe.fusion is `add`"),
+        ("qwen2", ROUTED, {}, "has no biases"),
+        ("qwen3", ROUTED, {}, "has another form than qwen3's"),
+        ("llama", {**ROUTED, "layers": [1]}, {}, "moe.layers leaves some out"),
+        ("llama", {**ROUTED, "balance": "bias"}, {}, "no selection bias"),
+    ],
+    "qwen3_moe": [
+        ("llama", ROUTED, {}, "llama's does not"),
+        ("qwen3", ROUTED, {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}, "one window"),
+        ("qwen3", {**ROUTED, "balance": "bias"}, {}, "no selection bias"),
+    ],
 }
 
 
@@ -191,11 +213,13 @@ def test_weights_that_bf16_would_have_to_round_are_refused_in_bf16_only(name, fa
     [
         ("qwen3", NATIVE, "glm4_moe"),
         ("qwen2", SOFTMAX, "qwen2_moe"),
-        ("llama", {**SOFTMAX, "routed_scale": 1.5}, "moect"),  # stock would be to rounding
+        ("llama", {**NATIVE, "width": 24}, "glm4_moe"),  # to rounding, as any other stock class
+        ("mistral", ROUTED, "mixtral"),
+        ("qwen3", ROUTED, "qwen3_moe"),
         ("qwen3", {"fusion": "gate"}, "moect"),
     ],
 )
-def test_auto_takes_the_first_that_is_exact(family, moe, name):
+def test_auto_takes_a_stock_class_the_exact_ones_first_and_ours_for_the_rest(family, moe, name):
     assert choose("auto", Subject(tiny_config(family), MoeConfig(**moe), "fp32")).name == name
 
 
@@ -203,10 +227,14 @@ def test_plan_says_what_each_target_answers():
     lines = describe(Subject(tiny_config("llama"), MoeConfig(**SOFTMAX), "fp32"))
     assert lines[0].startswith("as qwen2_moe: bit for bit; its router computes in the dtype of the weights")
     assert lines[1:3] == ["granitemoeshared: to rounding", "moect: bit for bit"]
-    assert lines[3:] == ["not glm4_moe: its router is a sigmoid, and moe.router is `softmax`"]
+    assert lines[3:] == [
+        "not glm4_moe: its router is a sigmoid, and moe.router is `softmax`",
+        "not mixtral, qwen3_moe: its FFN is one of the routed experts, and moe.fusion is `add`",
+    ]
     gated = describe(Subject(tiny_config("llama"), MoeConfig(fusion="add", language_gate=True), "fp32"))
     assert gated[1:] == [
-        "not glm4_moe, qwen2_moe, granitemoeshared: it has no gate that skips the experts (moe.language_gate)"
+        "not glm4_moe, qwen2_moe, granitemoeshared, mixtral, qwen3_moe: it has no gate that skips the experts "
+        "(moe.language_gate)"
     ]
 
 

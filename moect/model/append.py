@@ -95,8 +95,9 @@ def append_to_blocks(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     ffn_width = base_config.intermediate_size
-    if config.init == "copy" and config.width not in (None, ffn_width):
-        raise ConfigError(f"moe.init: copy needs experts as wide as the base's FFN ({ffn_width}), not {config.width}")
+    needs = "init: copy" if config.init == "copy" else "fusion: routed" if config.fusion == "routed" else None
+    if needs and config.width not in (None, ffn_width):
+        raise ConfigError(f"moe.{needs} needs experts as wide as the base's FFN ({ffn_width}), not {config.width}")
 
     if config.dispatch != "auto" and config.dispatch not in backends():
         raise ConfigError(f"moe.dispatch: no backend `{config.dispatch}`; there are auto, {', '.join(backends())}")

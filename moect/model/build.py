@@ -140,8 +140,9 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     total = sum(p.numel() for p in model.parameters())
     idle = 0
     for moe in modules_of(model):
-        per_expert = sum(p.numel() for p in moe.experts.parameters()) // moe.config.experts
-        idle += per_expert * (moe.config.experts - moe.config.top_k)
+        trained = moe.config.trained_experts
+        per_expert = sum(p.numel() for p in moe.experts.parameters()) // trained
+        idle += per_expert * max(0, trained - moe.config.top_k)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {"total": total, "trainable": trainable, "active": total - idle}
 

@@ -7,8 +7,10 @@ that in both cases m = f at step 0 and the block computes what the base's block 
     fixed      r + (s·f + (1-s)·m)
     gate       r + (p·f + (1-p)·m),   p = sigmoid(w·z + b),  z = tanh(W1 (r+f) + b1 + W2 (r+m) + b2)
     discrete   r + (f if p >= 1/2 else m),  with a straight-through gradient through p
+    routed     r + (w_0·f + sum_k w_k E_k):  the frozen FFN is expert 0 of those that the router chooses from
 
-Sources: MoE-CT, arXiv 2407.00875, and its authors' earlier code for the gate's form. T tokens, D width
+Sources: MoE-CT, arXiv 2407.00875, and its authors' earlier code for the gate's form; `routed` is the form of MoE-LPR,
+arXiv 2408.11396. T tokens, D width
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from moect.moe_config import MoeConfig
 
 
 class Fusion(nn.Module):
-    """One of the four fusions. `around`: the mixture is taken around the frozen FFN, m = f + e."""
+    """One of the fusions. `around`: the mixture is taken around the frozen FFN, m = f + e."""
 
     def __init__(self, config: MoeConfig, width: int, around: bool):
         super().__init__()
@@ -42,17 +44,23 @@ class Fusion(nn.Module):
             else:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
 
-    def forward(self, r_TD: Tensor, f_TD: Tensor, e_TD: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, r_TD: Tensor, f_TD: Tensor, e_TD: Tensor, frozen_T: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Join the paths.
 
         Args:
             r_TD: residual stream after attention.
             f_TD: output of the frozen FFN.
             e_TD: weighted sum of the experts.
+            frozen_T: fp32, the router's weight w_0 on the frozen FFN; for `routed` only.
 
         Returns:
             h'_TD, and the frozen path's weight p_T in fp32 (None for `add`).
         """
+        if self.kind == "routed":
+            weighted_TD = (f_TD * frozen_T[:, None]).to(f_TD.dtype)
+            return r_TD + (weighted_TD + e_TD), frozen_T.detach()
         if self.kind == "add":
             return r_TD + (f_TD + e_TD), None
         if self.kind == "fixed":

@@ -43,7 +43,7 @@ class MoEFFN(nn.Module):
         self.enabled = True
         self.copies = config.starts_as_copies(ffn_width)
         self.router = Router(config, width)
-        self.experts = Experts(config.experts, width, config.width or ffn_width, config.dispatch)
+        self.experts = Experts(config.trained_experts, width, config.width or ffn_width, config.dispatch)
         self.fusion = Fusion(config, width, around=not self.copies)
         self.language_gate = LanguageGate(width) if config.language_gate and decides else None
 
@@ -69,8 +69,8 @@ class MoEFFN(nn.Module):
             e_TD = self._mixture(u_TD, record)
             h_TD = r_TD + (f_TD + logit_T.sigmoid()[:, None].to(e_TD.dtype) * e_TD)
         else:
-            e_TD = self._mixture(u_TD, record)
-            h_TD, share_T = self.fusion(r_TD, f_TD, e_TD)
+            e_TD, frozen_T = (self._routed if self.config.fusion == "routed" else self._unrouted)(u_TD, record)
+            h_TD, share_T = self.fusion(r_TD, f_TD, e_TD, frozen_T)
             record.blocks[self.index].frozen_share_T = share_T
         return h_TD.view_as(r_BSD)
 
@@ -91,11 +91,27 @@ class MoEFFN(nn.Module):
         return r_BSD + f_BSD.flatten(0, 1).index_add(0, token, e_OD).view_as(f_BSD)
 
     def _mixture(self, u_TD: Tensor, record: ForwardRecord, open_T: Tensor | None = None) -> Tensor:
+        return self.experts(u_TD, *self._route(u_TD, record, open_T))
+
+    def _route(self, u_TD: Tensor, record: ForwardRecord, open_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
         before = record.blocks.get(self.index)  # set: this is the block's recomputation in backward
         indices_TK, weights_TK, logits_TE = self.router(u_TD, before.indices_TK if before else None)
         if not before:
             record.blocks[self.index] = BlockRecord(indices_TK, logits_TE, open_T=open_T)
-        return self.experts(u_TD, indices_TK, weights_TK)
+        return indices_TK, weights_TK
+
+    def _unrouted(self, u_TD: Tensor, record: ForwardRecord) -> tuple[Tensor, None]:
+        return self._mixture(u_TD, record), None
+
+    def _routed(self, u_TD: Tensor, record: ForwardRecord) -> tuple[Tensor, Tensor]:
+        """The weighted sum of the chosen experts that train, 1 …, and the weight of expert 0, the frozen FFN."""
+        indices_TK, weights_TK = self._route(u_TD, record)
+        trains_TK = indices_TK > 0
+        token, slot = trains_TK.nonzero(as_tuple=True)
+        # without tokens too: every rank has to call the experts
+        e_ND = self.experts(u_TD[token], indices_TK[token, slot, None] - 1, weights_TK[token, slot, None])
+        e_TD = torch.zeros_like(u_TD).index_add(0, token, e_ND)
+        return e_TD, weights_TK.masked_fill(trains_TK, 0).sum(-1)
 
     def _gate_logit(self, u_TD: Tensor, record: ForwardRecord) -> Tensor:
         if self.language_gate is None:

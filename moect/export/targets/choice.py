@@ -7,11 +7,16 @@ from moect.export.targets.base_form import BaseForm
 from moect.export.targets.form import Subject, Support, Target
 from moect.export.targets.glm4_moe import Glm4Moe
 from moect.export.targets.granitemoeshared import GraniteMoeShared
+from moect.export.targets.mixtral import Mixtral
 from moect.export.targets.own import Own
 from moect.export.targets.qwen2_moe import Qwen2Moe
+from moect.export.targets.qwen3_moe import Qwen3Moe
 
-# the best first: stock architectures that every engine serves, the exact ones before the others
-TARGETS: tuple[Target, ...] = (Glm4Moe(), Qwen2Moe(), GraniteMoeShared(), Own(), BaseForm())
+# the best first: stock architectures, which engines serve without code of ours
+TARGETS: tuple[Target, ...] = (
+    *(Glm4Moe(), Qwen2Moe(), GraniteMoeShared(), Mixtral(), Qwen3Moe()),
+    *(Own(), BaseForm()),
+)
 NAMES = tuple(target.name for target in TARGETS)
 
 
@@ -29,7 +34,7 @@ def choose(name: str, subject: Subject) -> Target:
     supports = answers(subject)
     can = [target for target in TARGETS if supports[target.name].reason is None]
     if name == "auto":
-        return next((t for t in can if supports[t.name].bitwise), can[0])
+        return min(can, key=lambda target: (isinstance(target, Own), not supports[target.name].bitwise))
     target = next((t for t in TARGETS if t.name == name), None)
     others = ", ".join(t.name for t in can)
     if target is None:

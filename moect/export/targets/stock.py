@@ -23,14 +23,14 @@ KEPT = (
 
 
 class StockMixture(Target):
-    """A stock architecture that computes r + (f + e): shared expert and routed ones."""
+    """A stock mixture of experts: by default one that computes r + (f + e), with a shared expert beside routed ones."""
 
     architecture: str  # name of the class in transformers
     router: str  # how it turns router logits into scores
     ties = True  # whether its class can tie head and embedding
 
     def supports(self, subject: Subject) -> Support:
-        reason = self._common_reason(subject) or self.reason(subject)
+        reason = self._common_reason(subject) or self.bias_reason(subject) or self.reason(subject)
         if reason:
             return Support(reason)
         return Support(None, self.bitwise(subject) and not subject.rows, self.note(subject))
@@ -94,10 +94,18 @@ class StockMixture(Target):
             return "nothing was appended"
         if moe.language_gate:
             return "it has no gate that skips the experts (moe.language_gate)"
-        if moe.fusion not in ("add", "fixed"):
-            return f"it adds the experts to the FFN, and moe.fusion is `{moe.fusion}`"
+        if reason := self.fusion_reason(moe.fusion):
+            return reason
         if moe.router != self.router:
             return f"its router is a {self.router}, and moe.router is `{moe.router}`"
+        return None
+
+    def fusion_reason(self, fusion: str) -> str | None:
+        """Why it cannot join FFN and experts so."""
+        return None if fusion in ("add", "fixed") else f"it adds the experts to the FFN, and moe.fusion is `{fusion}`"
+
+    def bias_reason(self, subject: Subject) -> str | None:
+        """Why it cannot have the base's biases: most have none on the output projection."""
         if "o" in subject.biases:
             return "its attention has no bias on the output projection, and the base's has"
         return None
