@@ -44,6 +44,8 @@ FORMS = {
     "glm4_moe, a block without, padded": ("llama", {**NATIVE, "layers": [0, 2], "width": 48}, {}),
     "qwen2_moe": ("qwen2", {"fusion": "add", "renormalise": False}, {}),
     "granitemoeshared": ("llama", {"fusion": "add", "width": 32}, {"tie_word_embeddings": True}),
+    "mixtral": ("llama", {"fusion": "routed"}, {}),
+    "qwen3_moe": ("qwen3", {"fusion": "routed"}, {}),
     "moect, fusion gate": ("qwen3", {"fusion": "gate"}, {}),
     "moect, language gate": ("llama", {"fusion": "add", "language_gate": True, "balance": "bias"}, {}),
 }
