@@ -414,7 +414,7 @@ def _size(text: str) -> float:
 
 def _gigabytes(text: str) -> float:
     value = float(text)
-    if not value > 0:
+    if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is no size: give more than 0")
     return value
 

@@ -23,6 +23,11 @@ def extended(family="llama", variant=None, dtype=torch.float32, **changes):
     """A tiny model whose module does something, the selection bias included."""
     # wide weights: greedy text that does not get stuck on one token
     model = append_moe(tiny_model(family, dtype=dtype, initializer_range=0.2, **changes), MoeConfig(**(variant or {})))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():  # transformers begins with norms of one and biases of nothing, which hide where they go
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
     disturb(model, scale=0.3)
     for moe in modules_of(model):
         if moe.router.selection_bias is not None:

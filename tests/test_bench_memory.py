@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from moect.bench import free_memory, large_pages, machine
+from moect import free_memory
+from moect.bench import large_pages, machine
 from moect.bench.cases import Shape, make_problem
 from moect.bench.contestants import LeftOut, of_backends
 from moect.bench.floor import Floor
-from moect.bench.free_memory import free_bytes
 from moect.bench.memory import _counter, peak_extra_bytes
 from moect.bench.peers import peers
+from moect.free_memory import free_bytes
 
 MIB = 2**20
 GIB = 2**30

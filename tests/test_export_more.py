@@ -1,8 +1,10 @@
 """What `moect export` does beside the whole model: chat models, adapters, the hub; and what it refuses."""
 
 import json
+import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,12 +19,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moect
 from moect.cli import main
+from moect.config import load_config
 from moect.errors import ExportError
 from moect.export import push as pushing
 from moect.export.adapter import load, write_adapter
 from moect.export.instruct import add_instruct_delta
+from moect.export.proof.live import live_model
 from moect.export.source import open_run
-from moect.export.trained import of_model
+from moect.export.trained import of_model, of_run
 from moect.model import base_only
 from moect.train.loop import train
 
@@ -293,3 +297,121 @@ def test_base_with_other_tensors_beside_is_exported_and_says_so(place, tmp_path,
 def test_model_in_half_precision_is_refused(tmp_path):
     with pytest.raises(ExportError, match=r"the model is in torch\.float16: export it in float32 or bfloat16"):
         of_model(extended("llama").half())
+
+
+def test_the_weights_that_transformers_takes_are_those_exported(place):
+    """A single file wins over an index beside it: what an older save has left."""
+    folder = tied_base(place)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.model.norm.weight.data += 1
+    model.save_pretrained(place.output / "sharded", max_shard_size="20KB")
+    for path in (place.output / "sharded").glob("model*"):
+        shutil.copy(path, folder)
+    assert (Path(folder) / "model.safetensors").exists() and (Path(folder) / "model.safetensors.index.json").exists()
+    run = train(place.config(model={"base": folder}, moe=NATIVE, train={"steps": 3}))
+    exported = AutoModelForCausalLM.from_pretrained(export_run(run))
+    assert torch.equal(exported.model.norm.weight, AutoModelForCausalLM.from_pretrained(folder).model.norm.weight)
+
+
+@pytest.mark.parametrize("moe", [NATIVE, {"fusion": "gate"}], ids=["stock", "ours"])
+def test_added_tokens_whose_rows_did_not_train_are_the_means_of_their_pieces(place, moe):
+    run = train(place.config(model={"extend_tokenizer": 12}, moe=moe, train={"steps": 3}))
+    folder = export_run(run)
+    config, trained = load_config(run / "config.yaml"), open_run(run).trained
+    live = live_model(*open_run(run).of_live)
+    exported = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    ids = tokens(vocab=config_vocabulary(trained))
+    assert (logits(exported, ids) - logits(live, ids)).abs().max() < 1e-4
+    assert config.model.extend_tokenizer == 12
+
+
+def config_vocabulary(trained) -> int:
+    return trained.subject.base.vocab_size + trained.subject.rows["added_tokens"]
+
+
+@pytest.mark.parametrize("damage", ["unprefixed", "no embedding"])
+def test_base_with_other_names_is_refused_in_a_line(place, damage, capsys):
+    folder = tied_base(place)
+    run = train(place.config(model={"base": folder}, moe=NATIVE, train={"steps": 3}))
+    tensors = load_file(f"{folder}/model.safetensors")
+    if damage == "unprefixed":
+        tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    else:
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, f"{folder}/model.safetensors", metadata={"format": "pt"})
+    info = json.loads((run / "checkpoints" / "step-3" / "checkpoint.json").read_text())
+    assert info["base_fingerprint"]
+    code, _, err = told(capsys, "export", run)
+    assert code == 2 and "trained on another base" in err  # said first: its files changed
+    with pytest.raises(ExportError, match="has no tensor named model.*; load the base with transformers and save it"):
+        of_run(load_config(run / "config.yaml"), run / "checkpoints" / "step-3", "fp32")
+
+
+def test_unrelated_model_of_the_same_shape_is_no_chat_model(place, chat, native, capsys):
+    model = AutoModelForCausalLM.from_pretrained(chat)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.2)
+    model.save_pretrained(chat)
+    code, _, err = told(capsys, "export", native, "--instruct-delta", chat)
+    assert code == 2 and "is too far from the base to be made from it" in err
+
+
+def test_chat_tokenizer_with_tokens_of_its_own_is_the_one_written(place, chat, native):
+    tokenizer = AutoTokenizer.from_pretrained(chat)
+    vocabulary = load_config(native / "config.yaml") and AutoModelForCausalLM.from_pretrained(chat).config.vocab_size
+    if len(tokenizer) < vocabulary:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.save_pretrained(chat)
+    folder = export_run(native, output=place.output / "out", instruct=str(chat))
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v.update(dtype="int8"), "adapter.json is damaged"),
+        (lambda v: v.update(moe=None), "adapter.json is damaged"),
+        (lambda v: v["moe"].update(fusion="other"), "adapter.json is damaged"),
+        (lambda v: v["moe"].update(experts=3), "is not what adapter.json says"),
+        (lambda v: v.update(rows={"rows": "many"}), "adapter.json is damaged"),
+    ],
+)
+def test_adapter_that_says_what_it_does_not_hold_is_refused(place, native, change, message):
+    write_adapter(open_run(native), native / "adapter")
+    values = json.loads((native / "adapter" / "adapter.json").read_text())
+    change(values)
+    (native / "adapter" / "adapter.json").write_text(json.dumps(values))
+    with pytest.raises(ExportError, match=message):
+        load(place.inputs / "base", native / "adapter")
+
+
+def test_adapter_whose_tensor_has_another_shape_is_refused_and_not_broadcast(place, native):
+    write_adapter(open_run(native), native / "adapter")
+    path = native / "adapter" / "adapter.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.moe.router.weight"] = torch.zeros(1, 1)
+    save_file(tensors, path)
+    with pytest.raises(ExportError, match=r"moe\.router\.weight is not what adapter\.json says"):
+        load(place.inputs / "base", native / "adapter")
+
+
+def test_exported_files_can_be_read_by_others(native):
+    folder = export_run(native)
+    assert {oct(path.stat().st_mode & 0o777) for path in folder.iterdir()} == {oct(0o666 & ~current_umask())}
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_training_text_that_is_gone_does_not_keep_held_out_text_from_being_compared_on(place, capsys):
+    run = train(place.config(moe=NATIVE, train={"steps": 3}))
+    (place.inputs / "cy.train.jsonl").rename(place.inputs / "away")
+    try:
+        capsys.readouterr()
+        code, out, _ = told(capsys, "export", run)
+    finally:
+        (place.inputs / "away").rename(place.inputs / "cy.train.jsonl")
+    assert code == 0 and "(tokens: en " in out

@@ -21,7 +21,6 @@ from moect.bench import cases, table
 from moect.bench.cases import Problem, Shape
 from moect.bench.contestants import Contestant, LeftOut, exact_results, of_backends, require_agreement
 from moect.bench.floor import Floor
-from moect.bench.free_memory import free_bytes
 from moect.bench.machine import machine, versions
 from moect.bench.memory import peak_extra_bytes
 from moect.bench.peers import peers
@@ -30,6 +29,7 @@ from moect.bench.result_file import result_file
 from moect.bench.turns import SECONDS, Times, dense_flops_per_second, take_turns
 from moect.dispatch import backends, choose
 from moect.errors import ConfigError
+from moect.free_memory import free_bytes
 
 MOST_SKEW = 1e6  # fp32 holds its products with normal numbers; far below it one expert already gets all tokens
 

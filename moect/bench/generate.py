@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from moect.bench.cases import DTYPES
-from moect.bench.free_memory import free_bytes
 from moect.bench.machine import machine, versions
 from moect.bench.models import (
     AS_IS,
@@ -42,6 +41,7 @@ from moect.bench.result_file import result_file
 from moect.bench.steps import FloorRunner, Runner, one_round
 from moect.bench.turns import SECONDS, rounds_of
 from moect.errors import ConfigError, ExportError
+from moect.free_memory import free_bytes
 from moect.model.embeddings import rows_of
 from moect.tables import aligned
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from moect.bench.cases import Problem
 from moect.bench.contestants import Contestant, LeftOut, differentiated, leaves
-from moect.bench.free_memory import free_bytes
 from moect.dispatch.grouped import grouped_unavailable
 from moect.dispatch.transformers_experts import NAME as OUR_NAME
+from moect.free_memory import free_bytes
 
 PREFIX = "hf "
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")  # those that need nothing beyond torch

@@ -22,10 +22,10 @@ from torch import nn
 
 import moect
 from moect.config import ModelConfig
-from moect.errors import ExportError
+from moect.errors import ConfigError, ExportError
 from moect.export.card import base_name
 from moect.export.source import Source
-from moect.export.write import check_free
+from moect.export.write import alone, cannot_write, check_free
 from moect.model.append import append_moe, is_appended_tensor
 from moect.model.build import DTYPES, base_fingerprint
 from moect.model.embeddings import append_counted_rows
@@ -42,7 +42,7 @@ def write_adapter(source: Source, folder: Path) -> None:
     Raises:
         ExportError: everything was trained, or the folder is there.
     """
-    config, folder = source.config, Path(folder)
+    config, folder = source.config, Path(folder).resolve()
     if config.method == "full":
         raise ExportError("--adapter: method full trains the whole model, nothing stands apart from it; leave it out")
     if config.model.base is None:
@@ -50,19 +50,26 @@ def write_adapter(source: Source, folder: Path) -> None:
     check_free(folder)
     temporary = folder.parent / f".writing-{folder.name}"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        write = _write_lora if config.method == "lora" else _write_module
-        write(source, temporary)
-        source.tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").write_text(_card(source), encoding="utf-8")
-        if folder.is_dir():
-            folder.rmdir()
-        os.rename(temporary, folder)
-    except OSError as error:
-        raise ExportError(f"{folder}: cannot be written: {error}; free space, or choose another --output") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with alone(folder):
+            try:
+                _write(source, temporary)
+                if folder.is_dir():
+                    folder.rmdir()
+                os.rename(temporary, folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(folder, error) from error
+
+
+def _write(source: Source, temporary: Path) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    write = _write_lora if source.config.method == "lora" else _write_module
+    write(source, temporary)
+    source.tokenizer.save_pretrained(temporary)
+    (temporary / "README.md").write_text(_card(source), encoding="utf-8")
 
 
 def load(base: str | Path, adapter: str | Path, check: bool = True, **kwargs) -> nn.Module:
@@ -84,11 +91,17 @@ def load(base: str | Path, adapter: str | Path, check: bool = True, **kwargs) ->
     revision = kwargs.get("revision")
     if check and base_fingerprint(ModelConfig(base=str(base), revision=revision)) != values["base_fingerprint"]:
         raise ExportError(f"{adapter}: of another base than {base}: {values['base']}; give that one")
-    kwargs = {"dtype": DTYPES[values["dtype"]], "use_safetensors": True, **kwargs}
-    model = AutoModelForCausalLM.from_pretrained(base, **kwargs)
-    append_moe(model, MoeConfig(**values["moe"]))
-    if values["rows"]:
-        append_counted_rows(model, **values["rows"])
+    try:
+        moe, dtype = MoeConfig(**values["moe"]), DTYPES[values["dtype"]]
+    except (TypeError, ValueError, KeyError) as error:
+        raise ExportError(f"{adapter}: {VALUES} is damaged; export it again") from error
+    model = AutoModelForCausalLM.from_pretrained(base, **{"dtype": dtype, "use_safetensors": True, **kwargs})
+    append_moe(model, moe)
+    try:
+        if values["rows"]:
+            append_counted_rows(model, **values["rows"])
+    except (TypeError, ValueError, RuntimeError, ConfigError) as error:
+        raise ExportError(f"{adapter}: {VALUES} is damaged; export it again") from error
     try:
         tensors = load_file(adapter / WEIGHTS)
     except (OSError, SafetensorError) as error:
@@ -96,6 +109,10 @@ def load(base: str | Path, adapter: str | Path, check: bool = True, **kwargs) ->
     slots = {name: tensor for name, tensor in model.state_dict().items() if is_appended_tensor(name)}
     if odd := sorted(slots.keys() ^ tensors.keys()):
         raise ExportError(f"{adapter}: {WEIGHTS} does not fit {VALUES}: {odd[0]} is in one of the two only")
+    for name, tensor in tensors.items():
+        slot = slots[name]
+        if tensor.shape != slot.shape or tensor.is_floating_point() != slot.is_floating_point():
+            raise ExportError(f"{adapter}: {name} is not what {VALUES} says; export it again")
     with torch.no_grad():
         for name, tensor in tensors.items():
             slots[name].copy_(tensor)
@@ -109,6 +126,10 @@ def _read_values(adapter: Path) -> dict:
             raise ExportError(f"{adapter}: {VALUES} is of format {values['format']}, this version reads {FORMAT}")
         missing = {"moe", "rows", "base", "base_fingerprint", "dtype"} - set(values)
     except OSError as error:
+        if (adapter / "adapter_config.json").is_file():
+            raise ExportError(
+                f"{adapter}: low-rank updates; load them with peft's PeftModel.from_pretrained"
+            ) from error
         raise ExportError(f"{adapter}: no adapter there ({VALUES}); make one with moect export --adapter") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ExportError(f"{adapter}: {VALUES} is damaged; export it again") from error

@@ -42,7 +42,7 @@ def make_card(
     sections = [
         f"---\n{yaml.safe_dump(_front_matter(config, licence), sort_keys=False, allow_unicode=True)}---",
         f"# {config.name}",
-        _origin(config, info),
+        _origin(config, info, isinstance(target, Own) and not instruct),
         *([_chat(instruct)] if instruct else []),
         "## Languages",
         "\n".join(f"- {lang}: {role} ({ROLES[role]})" for lang, role in config.data.languages.items()),
@@ -79,7 +79,7 @@ def _front_matter(config: RunConfig, licence: str | None) -> dict:
     return values
 
 
-def _origin(config: RunConfig, info: dict) -> str:
+def _origin(config: RunConfig, info: dict, gives_back: bool) -> str:
     base = base_name(config)
     of = f"of `{base}`" if base else "from scratch"
     print_of_base = f" (fingerprint of the base: `{info['base_fingerprint'][:16]}`)"
@@ -91,10 +91,11 @@ def _origin(config: RunConfig, info: dict) -> str:
             f"{info['step']} steps, with moect{print_of_base}."
         )
     moe = config.moe
+    inside = ", and is inside unchanged: `model.base_only()` gives it back bit for bit" if gives_back else ""
     gated = ", and a language gate that decides for each token whether they are used" if moe.language_gate else ""
     return (
         f"Continual training {of} by an appended mixture of experts, {info['step']} steps, with moect{print_of_base}. "
-        f"The base is frozen and inside unchanged: `model.base_only()` gives it back bit for bit.{_rows(config)} "
+        f"The base was frozen{inside}.{_rows(config)} "
         f"Each chosen block (`{moe.layers}`) has {moe.experts} experts, {moe.top_k} of them for a token, joined by "
         f"fusion `{moe.fusion}`{gated}."
     )

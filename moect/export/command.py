@@ -47,7 +47,9 @@ def _export_adapter(run_folder: Path, options: dict) -> Path:
     from moect.export.adapter import write_adapter
     from moect.export.source import open_run
 
-    if unused := [f"--{name}" for name in ("target", "instruct") if options[name]]:
+    names = {"target": "--target", "instruct": "--instruct-delta", "pickle": "--pickle"}
+    unused = [flag for name, flag in names.items() if options[name]] + ["--no-verify"] * (not options["verify"])
+    if unused:
         raise ExportError(f"--adapter: {' and '.join(unused)} say nothing for it; leave them out")
     folder = Path(options["output"] or run_folder / "adapter")
     write_adapter(open_run(run_folder, options["checkpoint"], options["dtype"]), folder)

@@ -23,8 +23,9 @@ from moect.model.build import load_base_config
 
 SAME = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "vocab_size", "tie_word_embeddings"),
+    *("num_key_value_heads", "head_dim", "attention_bias", "vocab_size", "tie_word_embeddings"),
 )
+FAR = 0.5  # a chat model's FFN differs from its base's by less than this share; one of another model by more than all
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,19 @@ def add_instruct_delta(trained: TrainedModel, tokenizer, instruct: str, pickle: 
     except (ConfigError, DataError) as error:
         raise ExportError(f"{where}: {str(error).removeprefix('model.base ')}") from error
     for key in SAME:
-        here, there = getattr(subject.base, key), getattr(config, key, None)
+        here, there = getattr(subject.base, key, None), getattr(config, key, None)
         if here != there:
             raise ExportError(f"{where}: is not made from this base: {key} is {there} there and {here} here")
-    folder = _folder(instruct)
+    folder = _folder(instruct, pickle)
     weights = FolderWeights(folder, pickle)
     if missing := [name for name in trained if not is_appended_tensor(name) and name not in weights]:
-        raise ExportError(f"{where}: has no {missing[0]}")
+        raise ExportError(f"{where}: has no {missing[0]}; load it with transformers and save it anew")
+    name = "model.layers.0.mlp.down_proj.weight"
+    base = trained.exact(name).float()
+    if (weights[name].float() - base).norm() > FAR * base.norm():
+        raise ExportError(
+            f"{where}: is too far from the base to be made from it; give the chat model of this very base"
+        )
     config.dtype = subject.base.dtype
     copies = subject.moe.starts_as_copies(subject.base.intermediate_size)
 
@@ -82,10 +89,23 @@ def add_instruct_delta(trained: TrainedModel, tokenizer, instruct: str, pickle: 
             return trained.exact(name).float() + _ffn_delta(name, trained, weights)
         return trained.exact(name)
 
-    if theirs.get_vocab() != tokenizer.get_vocab():  # tokens were added: the run's tokenizer speaks as theirs does
-        tokenizer.chat_template, theirs = theirs.chat_template, tokenizer
+    theirs = _tokenizer(tokenizer, theirs, where)
     extended = TrainedModel(replace(subject, base=config), trained.slots, read)
     return ChatModel(extended, theirs, folder, weights.digests())
+
+
+def _tokenizer(ours, theirs, where: str):
+    """The chat model's, where it has all tokens of the run's; the run's with the chat's template and end, where tokens
+    were added to it."""
+    here, there = ours.get_vocab(), theirs.get_vocab()
+    if here.items() <= there.items():
+        return theirs
+    if there.items() <= here.items():
+        ours.chat_template, ours.eos_token = theirs.chat_template, theirs.eos_token
+        return ours
+    raise ExportError(
+        f"{where}: its tokenizer and the run's give one id to different tokens; train without model.extend_tokenizer"
+    )
 
 
 def _ffn_delta(name: str, trained: TrainedModel, weights: FolderWeights) -> Tensor:
@@ -96,12 +116,13 @@ def _ffn_delta(name: str, trained: TrainedModel, weights: FolderWeights) -> Tens
     return torch.cat([weights[n].float() - trained.exact(n).float() for n in names])
 
 
-def _folder(name: str) -> Path:
+def _folder(name: str, pickle: bool) -> Path:
     if os.path.isdir(name):
         return Path(name)
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.jinja", "LICEN*"]))
+        wanted = ["*.json", "*.safetensors", "*.jinja", "LICEN*", *(["*.bin"] if pickle else [])]
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["consolidated*", "*/*"]))
     except Exception as error:  # the hub has many ways to say no
         raise ExportError(f"--instruct-delta {name}: cannot be fetched: {str(error).splitlines()[0]}") from error

@@ -13,31 +13,34 @@ INTERVAL = 30.0  # seconds between two lines
 
 
 class Progress:
-    """Counts bytes; says nothing where half a minute is enough for all and nobody watches.
+    """Counts bytes, or blocks; says nothing where half a minute is enough for all and nobody watches.
 
     Args:
         verb: what is done.
-        total: bytes of all.
+        total: of all.
         done: of these, what was done before.
+        count: these are blocks, not bytes.
     """
 
-    def __init__(self, verb: str, total: int, done: int = 0):
+    def __init__(self, verb: str, total: int, done: int = 0, count: bool = False):
+        self.count = count
         self.verb, self.total, self.before, self.done = verb, total, done, done
         self.began = self.last = monotonic()
         self._bar = self._task = None
         if sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
-            columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(compact=True)
+            amount = MofNCompleteColumn() if count else DownloadColumn()
+            columns = TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn(compact=True)
             self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
             self._task = self._bar.add_task(verb, total=total, completed=done)
             self._bar.start()
 
-    def add(self, n_bytes: int) -> None:
+    def add(self, amount: int) -> None:
         """So many more."""
-        self.done += n_bytes
+        self.done += amount
         if self._bar:
             self._bar.update(self._task, completed=self.done)
             return
@@ -45,7 +48,8 @@ class Progress:
         if now - self.last >= INTERVAL and self.done < self.total:
             self.last = now
             seconds = (now - self.began) * (self.total - self.done) / max(1, self.done - self.before)
-            share = f"{tables.size(self.done)} of {tables.size(self.total)}"
+            done, total = (f"{n} blocks" if self.count else tables.size(n) for n in (self.done, self.total))
+            share = f"{done} of {total}"
             log.info("%s: %s, ETA %dm", self.verb, share, round(seconds / 60))
 
     def end(self) -> None:

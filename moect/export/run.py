@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from moect.errors import DataError
 from moect.export.card import licence_of, make_card
 from moect.export.instruct import add_instruct_delta
 from moect.export.proof.comparison import Comparison, Text, random_text
+from moect.export.proof.live import live_model
 from moect.export.source import open_run
 from moect.export.targets.choice import choose
 from moect.export.targets.form import Subject
@@ -24,6 +26,8 @@ from moect.monitor.rows import read_rows
 
 log = logging.getLogger("moect.export")
 
+ENOUGH = 128  # tokens: with fewer of them random ones are taken too
+LONGEST = 4608  # tokens that a text may have to go beyond a sliding window
 TEXTS, TOKENS = 3, 256  # documents of each held-out text that logits are compared on, and of each at most so much
 
 
@@ -85,7 +89,7 @@ def export_run(run_folder: Path, options: ExportOptions | None = None) -> Export
         chat = add_instruct_delta(trained, tokenizer, options.instruct, options.pickle)
         trained, tokenizer, folder, origin["instruct"] = chat.trained, chat.tokenizer, chat.folder, chat.digests
     target = choose(options.target or config.export.target, trained.subject)
-    texts = _texts(config, tokenizer, trained.subject)
+    texts = _texts(config, tokenizer, trained.subject) if options.verify else []
     rows = [row for row in read_rows(run_folder / "monitor") if row["step"] == source.info["step"]]
 
     def card(comparison: Comparison | None) -> str:
@@ -103,6 +107,7 @@ def export_run(run_folder: Path, options: ExportOptions | None = None) -> Export
         origin | {"dtype": trained.subject.dtype},
         options.shard_bytes,
         options.verify,
+        live=None if options.instruct else partial(live_model, *source.of_live),
     )
     return Export(output, target.name, comparison)
 
@@ -115,13 +120,18 @@ def _texts(config: RunConfig, tokenizer, subject: Subject) -> list[Text]:
     vocab = subject.base.vocab_size + (subject.rows or {}).get("added_tokens", 0)
     texts = []
     try:
-        for text in load_evaluation(config.data, Path(config.output) / ".cache"):
+        held_out = replace(config.data, train=[])  # which may be gone
+        for text in load_evaluation(held_out, Path(config.output) / ".cache"):
             for document in tokenise(tokenizer, text.documents[:TEXTS]):
                 texts.append(Text(text.lang, torch.tensor([document.ids[:longest]])))
     except DataError as error:
         log.warning("%s; logits are compared on random tokens", error)
     texts = [text for text in texts if text.ids.numel()]
-    return texts or [random_text(vocab, min(64, longest), number) for number in range(4)]
+    if sum(text.ids.numel() for text in texts) < ENOUGH:
+        texts += [random_text(vocab, min(64, longest), number) for number in range(4)]
+    if any(subject.windowed) and (beyond := subject.base.sliding_window + 32) <= LONGEST:
+        texts.append(random_text(vocab, min(beyond, subject.base.max_position_embeddings), 4))
+    return texts
 
 
 def _extras(folder: Path | None, tokenizer, subject: Subject) -> Extras:

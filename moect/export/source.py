@@ -35,6 +35,11 @@ class Source:
     tokenizer: object
     trained: TrainedModel
 
+    @property
+    def of_live(self) -> tuple:
+        """What `live_model` takes."""
+        return self.config, self.checkpoint, self.trained.subject.dtype, extension_of(self.tokenizer)
+
 
 def open_run(run_folder: Path, checkpoint: str | None = None, dtype: str | None = None) -> Source:
     """A checkpoint of a run, with the base that it was trained on.

@@ -19,6 +19,7 @@ from moect.data.vocabulary.extended_tokenizer import Extension
 from moect.errors import ExportError
 from moect.export.targets.form import EMBEDDING, HEAD, Subject
 from moect.export.weights import FolderWeights
+from moect.model.append import is_appended_tensor
 from moect.model.build import DTYPES, build_model, load_base, lora_layers, weights_folder
 from moect.model.embeddings import rows_of
 from moect.train.checkpoints.reading import Tensors, check_shapes, trained_tensors
@@ -87,8 +88,12 @@ def of_run(config: RunConfig, checkpoint: Path, dtype: str, extension: Extension
     if config.method == "lora":
         return _merged(model, base, trained, dtype)
 
+    means = _means(model, base, trained, extension) if extension else {}
+
     def read(name: str) -> Tensor:
-        return trained[name] if name in trained else base[name]
+        if name in trained:
+            return trained[name]
+        return means[name] if name in means else base[name]
 
     return TrainedModel(subject_of(model, dtype), _slots(model), read)
 
@@ -103,10 +108,10 @@ def of_model(model: nn.Module) -> TrainedModel:
     return TrainedModel(subject_of(model, dtype), slots, lambda name: tensors[name].cpu())
 
 
-def fold_rows(trained: TrainedModel) -> TrainedModel:
+def fold_rows(trained: TrainedModel, exact: bool = False) -> TrainedModel:
     """The same model with rows of tokens added to embedding and head, for architectures that know of no such rows.
 
-    Logits agree to rounding, W + d being rounded where W·h and d·h were.
+    Logits agree to rounding, W + d being rounded where W·h and d·h were; `exact`: rounded to fp32 only.
     """
     subject, counts = trained.subject, trained.subject.rows
     if not counts:
@@ -116,7 +121,8 @@ def fold_rows(trained: TrainedModel) -> TrainedModel:
     places = {name for name in (EMBEDDING, HEAD) if name in trained.slots}
     slots = {n: t for n, t in trained.slots.items() if OF_ROWS not in n}
     for name in places:
-        slots[name] = slots[name].new_empty(base.vocab_size, slots[name].shape[1])
+        kind = torch.float32 if exact else slots[name].dtype
+        slots[name] = slots[name].new_empty(base.vocab_size, slots[name].shape[1], dtype=kind)
 
     def read(name: str) -> Tensor:
         if name not in places:
@@ -149,6 +155,19 @@ def _without_tied(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Ten
     return {name: tensor for name, tensor in tensors.items() if not (tied and name == HEAD)}
 
 
+def _means(model: nn.Module, base: Mapping, trained: Mapping, extension: Extension) -> dict[str, Tensor]:
+    """Rows of added tokens that did not train: no checkpoint holds them, they are the means of their pieces."""
+    means = {}
+    for name in (EMBEDDING, HEAD):
+        delta = name.replace(".weight", f"{OF_ROWS}delta")
+        if delta in model.state_dict() and delta not in trained:
+            rows = copy.deepcopy(model.get_submodule(name.removesuffix(".weight")).rows).to_empty(device="cpu")
+            rows.reset(trained[delta.replace("delta", "ids")])
+            rows.start_from_pieces(base[name].to(rows.delta.dtype), extension.first_id, extension.pieces)
+            means[delta] = rows.delta.detach()
+    return means
+
+
 def _base_weights(config: RunConfig, model: nn.Module) -> Mapping[str, Tensor]:
     """The base's tensors by name: in its files, or made anew where it has none."""
     if config.model.from_config is not None:
@@ -157,9 +176,23 @@ def _base_weights(config: RunConfig, model: nn.Module) -> Mapping[str, Tensor]:
     known = {name.replace(".base_layer.", ".") for name in model.state_dict()}
     if unknown := sorted(weights.keys() - known):
         log.warning("%s: %d tensors are none of the model's, first %s", weights.folder, len(unknown), unknown[0])
-    if model.config.tie_word_embeddings and HEAD in weights and not torch.equal(weights[HEAD], weights[EMBEDDING]):
+    if config.method != "full" and (missing := sorted(n for n in known if _of_base(n, model) and n not in weights)):
+        raise ExportError(
+            f"{weights.folder}: has no tensor named {missing[0]}; load the base with transformers and save it anew"
+        )
+    if (
+        model.config.tie_word_embeddings
+        and {HEAD, EMBEDDING} <= weights.keys()
+        and not torch.equal(weights[HEAD], weights[EMBEDDING])
+    ):
         raise ExportError(f"{weights.folder}: config.json ties head and embedding, and the files have two; mend either")
     return weights
+
+
+def _of_base(name: str, model: nn.Module) -> bool:
+    """Whether the tensor of this name has to be among the base's."""
+    tied = name == HEAD and model.config.tie_word_embeddings
+    return not tied and not is_appended_tensor(name) and ".lora_" not in name
 
 
 def _merged(model: nn.Module, base: Mapping, trained: Mapping, dtype: str) -> TrainedModel:

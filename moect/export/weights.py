@@ -36,7 +36,10 @@ class FolderWeights(Mapping[str, Tensor]):
         for path in self._files():
             for name in self._reader(path).keys():  # noqa: SIM118 - no mapping
                 if name in self._where:
-                    raise ExportError(f"{path}: holds {name}, which {self._where[name].name} holds too")
+                    raise ExportError(
+                        f"{path}: holds {name}, which {self._where[name].name} holds too; remove the file that is not "
+                        "the model's"
+                    )
                 self._where[name] = path
                 self.shapes[name] = torch.Size(self._reader(path).get_slice(name).get_shape())
         if not self._where:
@@ -64,13 +67,15 @@ class FolderWeights(Mapping[str, Tensor]):
     def _files(self) -> list[Path]:
         """Those that the index names; other formats may lie beside them."""
         index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
+        if single.is_file():  # transformers takes it first, whatever an index beside it says
+            return [single]
         if index.is_file():
             try:
                 names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            except (ValueError, KeyError, AttributeError) as error:
-                raise ExportError(f"{index}: cannot be read: {type(error).__name__}: {error}") from error
-            return sorted(self.folder / name for name in names)
-        return [single] if single.is_file() else sorted(self.folder.glob("*.safetensors"))
+                return sorted(self.folder / name for name in names)
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise ExportError(f"{index}: is no index of weights; fetch or save the model anew") from error
+        return sorted(self.folder.glob("*.safetensors"))
 
     def _reader(self, path: Path):
         if path not in self._open:
@@ -96,5 +101,7 @@ class FolderWeights(Mapping[str, Tensor]):
 def _unpickled(path: Path) -> dict[str, Tensor]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch has many ways to say no
-        raise ExportError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # torch has many ways to say no, and some advise to trust the file
+        raise ExportError(
+            f"{path}: holds more than plain tensors, or is damaged; save the model as safetensors where it comes from"
+        ) from error

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from torch import nn
 
 import moect
@@ -84,6 +87,7 @@ def write_folder(
     most: int = SHARD_BYTES,
     proven: bool = True,
     by_block: bool | None = None,
+    live: Callable[[], nn.Module] | None = None,
 ) -> Comparison | None:
     """Write a model, verify it, and give the folder its name.
 
@@ -98,7 +102,7 @@ def write_folder(
             starts anew.
         most: bytes of a file of weights.
         proven: compare logits too.
-        by_block: see `verify`.
+        by_block, live: see `verify`.
 
     Returns:
         How its logits compare; None where they were not compared.
@@ -106,30 +110,38 @@ def write_folder(
     Raises:
         ExportError: it exists, cannot be written, or what was written is not the model.
     """
+    folder = folder.resolve()
     check_free(folder)
     temporary = folder.parent / f".writing-{folder.name}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
+        with alone(folder):
+            check_free(folder)  # another may have written it meanwhile
             _begin(temporary, origin and {**origin, "target": target.name, "most": most, "moect": moect.__version__})
             written = trained if isinstance(target, Own) else fold_rows(trained)
             shards = plan_shards(target, written, most)
             write_shards(shards, written, temporary)
             _write_config(target, written.subject, extras, temporary)
-            comparison = _prove(temporary, target, trained, written, shards, texts, by_block) if proven else None
-            if not proven:
-                check_tensors(temporary, written, shards)
+            with _nothing_left(temporary):
+                if proven:
+                    comparison = verify(temporary, target, trained, written, shards, texts, by_block, live)
+                else:
+                    comparison = check_tensors(temporary, written, shards)
             (temporary / "README.md").write_text(card(comparison), encoding="utf-8")
             (temporary / ORIGIN).unlink()
             if folder.is_dir():
                 folder.rmdir()
             os.rename(temporary, folder)
-    except OSError as error:
-        raise ExportError(
-            f"{folder}: cannot be written: {error}; free space and give the same command, which goes on in "
-            f"{temporary.name}, or choose another folder with --output"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(folder, error) from error
     return comparison
+
+
+def cannot_write(folder: Path, error: Exception) -> ExportError:
+    """What is told of a disk that fails: a full one can be helped, and the work goes on."""
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    remedy = "free space and give the same command again, or choose" if full else "choose"
+    return ExportError(f"{folder}: cannot be written: {error}; {remedy} another folder with --output")
 
 
 def check_free(folder: Path) -> None:
@@ -142,16 +154,22 @@ def check_free(folder: Path) -> None:
         raise ExportError(f"{folder} exists: remove it, or choose another folder with --output")
 
 
-def _prove(temporary: Path, target, trained, written, shards, texts, by_block) -> Comparison:
+@contextmanager
+def _nothing_left(temporary: Path):
+    """A folder that is not what it should be is not kept: nobody is to take it for an export."""
     try:
-        return verify(temporary, target, trained, written, shards, texts, by_block)
-    except ExportError:
-        shutil.rmtree(temporary, ignore_errors=True)  # nothing that could be taken for an export
+        yield
+    except Exception:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-class _alone:
-    """Nobody else writes this folder at the same time."""
+class alone:
+    """Nobody else writes this folder at the same time.
+
+    Raises:
+        ExportError: somebody does.
+    """
 
     def __init__(self, folder: Path):
         self.folder, self.path = folder, folder.parent / f".writing-{folder.name}.lock"

@@ -95,6 +95,7 @@ def write_shards(shards: list[Shard], trained: TrainedModel, folder: Path) -> No
         for shard in missing:
             temporary = folder / f"{shard.name}.part"
             save_file(shard.tensors(trained), temporary, metadata={"format": "pt"})
+            temporary.chmod(0o666 & ~_umask())  # safetensors lets the owner alone read
             os.replace(temporary, folder / shard.name)
             progress.add(shard.size)
     finally:
@@ -103,6 +104,12 @@ def write_shards(shards: list[Shard], trained: TrainedModel, folder: Path) -> No
         where = {piece.name: shard.name for shard in shards for piece in shard.pieces}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _account(target: Target, trained: TrainedModel, units: list[list[Piece]]) -> None:

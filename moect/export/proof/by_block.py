@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from moect.export.proof.comparison import Comparison, RoutesOfStock, Text, route
 from moect.export.proof.whole import check_report, computing_as_ours, quiet
 from moect.export.targets.form import EMBEDDING, HEAD, Subject, Target
 from moect.export.targets.stock import StockMixture
-from moect.export.trained import TrainedModel
+from moect.export.trained import TrainedModel, fold_rows
 from moect.export.weights import FolderWeights
 from moect.model.append import modules_of
 from moect.model.embeddings import logits_of
@@ -84,14 +85,31 @@ def compare_by_block(
     """
     weights = FolderWeights(folder)
     stock = isinstance(target, StockMixture)
-    ours = _Side(lambda blocks: _unhooked(assemble(trained.subject, trained, blocks)))
+    ours = _Side(partial(_assembled, trained))
     theirs = _Side(
         (lambda blocks: _stock(target, written, weights, blocks))
         if stock
         else (lambda blocks: _unhooked(assemble(written, weights, blocks)))
     )
-    comparison, depth = Comparison(bound, by_block=True), written.base.num_hidden_layers
-    progress = Progress("comparing", sum(shape.numel() for shape in weights.shapes.values()))
+    return _compare(ours, theirs, texts, bound, written.base.num_hidden_layers)
+
+
+@torch.no_grad()
+def compare_folding(trained: TrainedModel, texts: list[Text], bound: float) -> Comparison:
+    """The same for the trained model, and the one with rows of tokens added to embedding and head, before these sums
+    are rounded."""
+    folded = fold_rows(trained, exact=True)
+    sides = [_Side(partial(_assembled, model)) for model in (trained, folded)]
+    return _compare(*sides, texts, bound, trained.subject.base.num_hidden_layers)
+
+
+def _assembled(model: TrainedModel, blocks: range) -> nn.Module:
+    return _unhooked(assemble(model.subject, model, blocks))
+
+
+def _compare(ours: _Side, theirs: _Side, texts: list[Text], bound: float, depth: int) -> Comparison:
+    comparison = Comparison(bound, by_block=True)
+    progress = Progress("comparing", depth, count=True)
     try:
         for side in (ours, theirs):
             side.begin(texts)
@@ -99,7 +117,7 @@ def compare_by_block(
             for a, b in zip(ours.step(block), theirs.step(block), strict=True):
                 comparison.add_routes(a, b)
             gc.collect()  # models hold themselves in circles
-            progress.add(sum(s.numel() for n, s in weights.shapes.items() if f".layers.{block}." in n))
+            progress.add(1)
         for text, a, b in zip(texts, ours.logits(), theirs.logits(), strict=True):
             comparison.add_logits(text, a, b)
     finally:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moect.errors import ExportError
-from moect.export.proof.by_block import compare_by_block
+from moect.export.proof.assembled import assemble
+from moect.export.proof.by_block import compare_by_block, compare_folding
 from moect.export.proof.comparison import BITWISE, ROUNDING, Comparison, Text
-from moect.export.proof.whole import compare_whole
-from moect.export.targets.form import Target
+from moect.export.proof.whole import compare_whole, quiet
+from moect.export.targets.form import Subject, Target
 from moect.export.trained import TrainedModel, fold_rows
 from moect.export.weights import FolderWeights
 from moect.export.writer import Shard
+from moect.free_memory import free_bytes
 
 FIT = 0.5  # share of the free memory that two models may take
 
@@ -28,6 +31,7 @@ def verify(
     shards: list[Shard],
     texts: list[Text],
     by_block: bool | None = None,
+    live: Callable[[], nn.Module] | None = None,
 ) -> Comparison:
     """Account for every tensor of the folder, reload it, and compare logits.
 
@@ -39,23 +43,51 @@ def verify(
         shards: what was to be written.
         texts: to compare logits on.
         by_block: compare block by block; None: if two models in fp32 take more than half of the free memory.
+        live: makes the trained model without any of the exporter's code, `live_model`; block by block, and where there
+            is none, it is assembled from `trained`.
 
     Raises:
         ExportError: a tensor is missing, left over or another, or a logit differs by more than the bound.
     """
     check_tensors(folder, written, shards)
+    check_config(folder, target, written.subject)
     support = target.supports(trained.subject)
-    if trained.subject.dtype == "bf16" and written.subject.rows != trained.subject.rows:
-        trained = fold_rows(trained)  # what bf16 rounds of the sums is no fault of the mapping
-    if by_block is None:
-        by_block = 2 * sum(4 * t.numel() for t in trained.slots.values()) > FIT * psutil.virtual_memory().available
     bound = BITWISE if support.bitwise else ROUNDING
+    if trained.subject.dtype == "bf16" and written.subject.rows != trained.subject.rows:
+        # what bf16 rounds of the sums is no fault of the mapping: the sums are proven before, the mapping after it
+        compare_folding(trained, texts, bound).check(f"{folder}: rows added to embedding and head")
+        trained, live = fold_rows(trained), None
+    if by_block is None:
+        by_block = 2 * sum(4 * t.numel() for t in trained.slots.values()) > FIT * free_bytes("cpu")
     if by_block:
         comparison = compare_by_block(folder, target, written.subject, trained, texts, bound)
     else:
-        comparison = compare_whole(folder, trained, texts, bound)
+        comparison = compare_whole(folder, live() if live else assemble(trained.subject, trained), texts, bound)
     comparison.check(str(folder))
     return comparison
+
+
+def check_config(folder: Path, target: Target, subject: Subject) -> None:
+    """The folder's config.json, read as its users will, is the target's: block by block, nothing else reads it.
+
+    Raises:
+        ExportError: names the first value that is another, or why it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        with quiet():
+            found = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+    except (OSError, ValueError) as error:
+        raise ExportError(
+            f"{folder}: config.json cannot be read: {str(error).splitlines()[0]}; please report"
+        ) from error
+    made = target.config(subject).to_dict()
+    of_place = {"_name_or_path", "transformers_version", "dtype", "auto_map"}
+    for key in sorted((found.keys() | made.keys()) - of_place):
+        a, b = (json.dumps(values.get(key), sort_keys=True, default=str) for values in (found, made))  # NaN: not itself
+        if a != b:
+            raise ExportError(f"{folder}: config.json has {key} {a}, the model {b}; please report")
 
 
 def check_tensors(folder: Path, written: TrainedModel, shards: list[Shard]) -> None:
@@ -73,7 +105,7 @@ def check_tensors(folder: Path, written: TrainedModel, shards: list[Shard]) -> N
     for shard in shards:
         for name, tensor in shard.tensors(written).items():
             if not _same_bits(weights[name], tensor):
-                raise ExportError(f"{folder}: {name} is not what the model has")
+                raise ExportError(f"{folder}: {name} is not what the model has; give the same command again")
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

@@ -9,22 +9,25 @@ import torch
 from torch import nn
 
 from moect.errors import ExportError
-from moect.export.proof.assembled import assemble
 from moect.export.proof.comparison import Comparison, RoutesOfStock, Text, routes_of
-from moect.export.trained import TrainedModel
 from moect.model.append import modules_of
 from moect.model.record import RECORD, ForwardRecord
 
 
 @torch.no_grad()
-def compare_whole(folder: Path, trained: TrainedModel, texts: list[Text], bound: float) -> Comparison:
+def compare_whole(folder: Path, ours: nn.Module, texts: list[Text], bound: float) -> Comparison:
     """Compare logits and routes of a folder with those of the model that it was written from, both in fp32.
+
+    Args:
+        folder: in Hugging Face format.
+        ours: the trained model, computing as `assemble`'s does.
+        texts: to compare on.
+        bound: greatest difference of a logit that passes.
 
     Raises:
         ExportError: transformers finds a tensor missing, or one too many.
     """
-    ours, theirs = assemble(trained.subject, trained), load_whole(folder)
-    comparison = Comparison(bound)
+    theirs, comparison = load_whole(folder), Comparison(bound)
     for text in texts:
         a, of_ours = _run(ours, text)
         b, of_theirs = _run(theirs, text)
