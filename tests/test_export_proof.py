@@ -4,21 +4,25 @@ import json
 
 import pytest
 import torch
-from export_helpers import extended
+from export_helpers import export_run, extended
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, logits, tokens
 
 from moect.errors import ExportError
 from moect.export import write as writing
+from moect.export.proof import by_block as by_block_module
+from moect.export.proof import verify as proving
 from moect.export.proof.assembled import assemble
 from moect.export.proof.comparison import Comparison, Text
 from moect.export.proof.verify import verify
 from moect.export.targets.choice import choose
-from moect.export.trained import of_model
+from moect.export.targets.form import HEAD
+from moect.export.trained import TrainedModel, of_model
 from moect.export.write import export_model
 from moect.export.writer import plan_shards
 from moect.model import base_only, modules_of
 from moect.model.embeddings import append_rows
+from moect.train.loop import train
 
 NATIVE = {"fusion": "add", "router": "sigmoid", "balance": "bias"}
 GATED = {"fusion": "add", "language_gate": True, "layers": [0, 2]}
@@ -155,3 +159,62 @@ def test_what_was_found_is_said_with_its_numbers():
         "logits in fp32: differ by at most 2.5e-06; 75.00% of the routes are the same (tokens: en 1,200, cy 3)"
     )
     assert json.dumps(comparison.values())
+
+
+@pytest.mark.parametrize("by_block", [False, True])
+def test_a_configuration_that_is_not_the_target_s_fails_the_verification(by_block, tmp_path):
+    model = extended("llama", NATIVE)
+    export_model(model, tmp_path / "export", "glm4_moe")
+    path = tmp_path / "export" / "config.json"
+    whole = json.loads(path.read_text())
+    for key, value in (("rms_norm_eps", 1e-3), ("num_experts_per_tok", 1), ("routed_scaling_factor", float("nan"))):
+        path.write_text(json.dumps({**whole, key: value}))
+        with pytest.raises(ExportError, match=f"config.json has {key} "):
+            proof(model, tmp_path / "export", "glm4_moe", by_block)
+    path.unlink()
+    with pytest.raises(ExportError, match="config.json cannot be read"):
+        proof(model, tmp_path / "export", "glm4_moe", by_block)
+
+
+def test_updates_that_were_not_merged_are_found(place, monkeypatch):
+    """The proof is against the model as training builds it, not against what the exporter has read."""
+    run = train(place.config(method="lora", train={"steps": 4, "lr": 0.05}))
+    monkeypatch.setattr("moect.export.trained.lora_layers", lambda model: [])
+    with pytest.raises(ExportError, match="its logits differ by"):
+        export_run(run)
+    assert not (run / "export").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_were_added_wrongly_are_found(dtype, tmp_path, monkeypatch):
+    model = extended("qwen2", NATIVE, dtype)
+    append_rows(model, [3, 5, 90], 96, [[4, 5], [7]])
+    for name, parameter in model.named_parameters():
+        if ".rows." in name:
+            parameter.data.add_(0.1)
+    fold = proving.fold_rows
+
+    def fold_wrongly(trained, exact=False):
+        folded = fold(trained, exact)
+        return TrainedModel(folded.subject, folded.slots, lambda n: 3 * folded[n] if n == HEAD else folded[n])
+
+    for module in (proving, writing, by_block_module):
+        monkeypatch.setattr(module, "fold_rows", fold_wrongly)
+    with pytest.raises(ExportError, match="its logits differ by"):
+        export_model(model, tmp_path / "export", "glm4_moe")
+
+
+def test_damage_that_no_comparison_of_logits_follows_leaves_nothing_behind_either(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "check_tensors", lambda *args: (_ for _ in ()).throw(ExportError("damaged")))
+    trained = of_model(extended("llama", NATIVE))
+    with pytest.raises(ExportError, match="damaged"):
+        writing.write_folder(
+            trained,
+            choose("moect", trained.subject),
+            tmp_path / "export",
+            [],
+            writing.Extras(),
+            lambda c: "",
+            proven=False,
+        )
+    assert list(tmp_path.iterdir()) == []
