@@ -415,3 +415,38 @@ def test_training_text_that_is_gone_does_not_keep_held_out_text_from_being_compa
     finally:
         (place.inputs / "away").rename(place.inputs / "cy.train.jsonl")
     assert code == 0 and "(tokens: en " in out
+
+
+TRAINED = {
+    "glm4_moe": ("qwen2", NATIVE),
+    "qwen2_moe": ("llama", {"fusion": "add"}),
+    "granitemoeshared": ("mistral", {"fusion": "add", "width": 24}),
+    "mixtral": ("mistral", {"fusion": "routed"}),
+    "qwen3_moe": ("qwen3", {"fusion": "routed", "layers": [0, 2]}),
+    "moect": ("qwen2", {"fusion": "add", "language_gate": True}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("target", TRAINED)
+def test_each_target_holds_a_trained_model(place, target, precision, capsys):
+    """The export's own proof is against the model as training builds it; this one asks the folder once more."""
+    family, moe = TRAINED[target]
+    folder = place.output / "family"
+    shutil.copytree(place.inputs / "base", folder)
+    vocabulary = AutoModelForCausalLM.from_pretrained(folder).config.vocab_size
+    window = {"sliding_window": None} if target == "granitemoeshared" else {}
+    tiny_model(family, vocab_size=vocabulary, initializer_range=0.2, **window).save_pretrained(folder)
+    settings = {"steps": 6, "lr": 0.02, "precision": precision}
+    run = train(place.config(model={"base": str(folder)}, moe=moe, train=settings))
+    capsys.readouterr()
+    code, out, err = told(capsys, "export", run, "--target", target)
+    assert code == 0 and f"target    {target}" in out, err
+    exported = AutoModelForCausalLM.from_pretrained(
+        run / "export", dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
+    live = live_model(*open_run(run).of_live)
+    assert (logits(exported, tokens()) - logits(live, tokens())).abs().max() < 1e-4
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    assert (logits(base, tokens()) - logits(live, tokens())).abs().max() > 0.01  # it was trained
