@@ -96,7 +96,7 @@ def test_texts_in_one_row_get_the_logits_they_get_alone(family, variant, tmp_pat
     model, over = served(folder)
     assert isinstance(model, MoectModel) and over.keys() == {"lm_head.weight"}
     whole = AutoModelForCausalLM.from_pretrained(folder).double()
-    model.double()  # a row of another length rounds otherwise, and only that
+    model.double()  # a row of another length rounds otherwise; so only routers do, which are in fp32
     for moe in (*modules_of(model), *modules_of(whole)):
         moe.experts.backend = "reference"
     alone = [logits(whole, tokens(1, length, seed))[0] for seed, length in enumerate(LENGTHS)]

@@ -102,6 +102,7 @@ def test_experts_of_another_width_are_refused():
         append_moe(tiny_model(), MoeConfig(**ROUTED, width=32))
 
 
+@pytest.mark.slow
 def test_two_ranks_under_zero_3_learn_as_one_under_zero_2(place):
     settings = {"steps": 3, "micro_batch": 2}
     sections = {"moe": {"fusion": "routed"}, "loss": {"balance": 0.05}}
