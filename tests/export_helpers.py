@@ -11,9 +11,9 @@ import torch
 from tiny import disturb, tiny_model
 
 import moect
+from moect.export.folder import export_model
 from moect.export.run import ExportOptions
 from moect.export.run import export_run as write_run
-from moect.export.write import export_model
 from moect.model import MoeConfig, append_moe, modules_of
 
 REPOSITORY = Path(moect.__file__).parents[1]

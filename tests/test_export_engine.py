@@ -25,7 +25,7 @@ from export_helpers import extended
 from tiny import logits, tokens
 from transformers import AutoModelForCausalLM
 
-from moect.export.write import export_model
+from moect.export.folder import export_model
 
 HERE = Path(__file__).parent
 NEW = 24  # tokens to generate

@@ -24,7 +24,6 @@ from moect.errors import ExportError
 from moect.export import push as pushing
 from moect.export.adapter import load, write_adapter
 from moect.export.instruct import add_instruct_delta
-from moect.export.proof.live import live_model
 from moect.export.source import open_run
 from moect.export.trained import of_model, of_run
 from moect.model import base_only
@@ -318,7 +317,7 @@ def test_added_tokens_whose_rows_did_not_train_are_the_means_of_their_pieces(pla
     run = train(place.config(model={"extend_tokenizer": 12}, moe=moe, train={"steps": 3}))
     folder = export_run(run)
     config, trained = load_config(run / "config.yaml"), open_run(run).trained
-    live = live_model(*open_run(run).of_live)
+    live = open_run(run).live()
     exported = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     ids = tokens(vocab=config_vocabulary(trained))
     assert (logits(exported, ids) - logits(live, ids)).abs().max() < 1e-4
@@ -446,7 +445,7 @@ def test_each_target_holds_a_trained_model(place, target, precision, capsys):
     exported = AutoModelForCausalLM.from_pretrained(
         run / "export", dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     )
-    live = live_model(*open_run(run).of_live)
+    live = open_run(run).live()
     assert (logits(exported, tokens()) - logits(live, tokens())).abs().max() < 1e-4
     base = AutoModelForCausalLM.from_pretrained(folder)
     assert (logits(base, tokens()) - logits(live, tokens())).abs().max() > 0.01  # it was trained

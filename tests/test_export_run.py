@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from moect.config import config_from_dict, config_to_yaml, load_config
 from moect.data.vocabulary.tokenizer import train_tokenizer
 from moect.errors import CheckpointError, ExportError
+from moect.export.folder import export_model
 from moect.export.generate import generate_text
-from moect.export.write import export_model
 from moect.model.build import base_fingerprint, build_model, lora_layers
 from moect.train.checkpoints.reading import trained_tensors
 from moect.train.checkpoints.writing import save_checkpoint

@@ -15,10 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moect.config import ExportConfig
 from moect.errors import ExportError
+from moect.export.folder import export_model
 from moect.export.targets.choice import NAMES, TARGETS, answers, choose, describe
 from moect.export.targets.form import Subject, power_of_two
 from moect.export.trained import of_model
-from moect.export.write import export_model
 from moect.model import MoeConfig, modules_of
 from moect.model.embeddings import append_rows
 
@@ -163,7 +163,7 @@ REASONS = {
         ("mistral", NATIVE, {"sliding_window": 64}, "sees 64 tokens only"),
     ],
     "qwen2_moe": [
-        ("qwen3", SOFTMAX, {}, "does not normalise queries and keys"),
+        ("qwen3", SOFTMAX, {}, "has another form than qwen3's"),
         ("llama", {**SOFTMAX, "balance": "bias"}, {}, "no selection bias"),
         ("llama", SOFTMAX, {"head_dim": 12}, "the width of a head"),
         ("llama", NATIVE, {}, "moe.router is `sigmoid`"),
@@ -183,8 +183,13 @@ REASONS = {
         ("llama", {**ROUTED, "balance": "bias"}, {}, "no selection bias"),
     ],
     "qwen3_moe": [
-        ("llama", ROUTED, {}, "llama's does not"),
-        ("qwen3", ROUTED, {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}, "one window"),
+        ("llama", ROUTED, {}, "has another form than llama's"),
+        (
+            "qwen3",
+            ROUTED,
+            {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+            "sees 6 tokens only",
+        ),
         ("qwen3", {**ROUTED, "balance": "bias"}, {}, "no selection bias"),
     ],
 }

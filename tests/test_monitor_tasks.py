@@ -23,7 +23,7 @@ from tiny import disturb, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moect.errors import ConfigError, TrainingError
-from moect.export.write import export_model
+from moect.export.folder import export_model
 from moect.model import MoeConfig, append_moe
 from moect.model.append import base_only
 from moect.model.embeddings import append_rows

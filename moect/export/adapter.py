@@ -24,8 +24,8 @@ import moect
 from moect.config import ModelConfig
 from moect.errors import ConfigError, ExportError
 from moect.export.card import base_name
+from moect.export.folder import alone, cannot_write, check_free
 from moect.export.source import Source
-from moect.export.write import alone, cannot_write, check_free
 from moect.model.append import append_moe, is_appended_tensor
 from moect.model.build import DTYPES, base_fingerprint
 from moect.model.embeddings import append_counted_rows
@@ -88,14 +88,14 @@ def load(base: str | Path, adapter: str | Path, check: bool = True, **kwargs) ->
 
     adapter = Path(adapter)
     values = _read_values(adapter)
-    revision = kwargs.get("revision")
-    if check and base_fingerprint(ModelConfig(base=str(base), revision=revision)) != values["base_fingerprint"]:
-        raise ExportError(f"{adapter}: of another base than {base}: {values['base']}; give that one")
     try:
         moe, dtype = MoeConfig(**values["moe"]), DTYPES[values["dtype"]]
     except (TypeError, ValueError, KeyError) as error:
         raise ExportError(f"{adapter}: {VALUES} is damaged; export it again") from error
     model = AutoModelForCausalLM.from_pretrained(base, **{"dtype": dtype, "use_safetensors": True, **kwargs})
+    which = ModelConfig(base=str(base), revision=kwargs.get("revision"))  # its files have been fetched by now
+    if check and base_fingerprint(which) != values["base_fingerprint"]:
+        raise ExportError(f"{adapter}: of another base than {base}: {values['base']}; give that one")
     append_moe(model, moe)
     try:
         if values["rows"]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,14 +11,13 @@ import torch
 from moect.config import RunConfig
 from moect.errors import DataError
 from moect.export.card import licence_of, make_card
+from moect.export.folder import Extras, check_free, write_folder
 from moect.export.instruct import add_instruct_delta
 from moect.export.proof.comparison import Comparison, Text, random_text
-from moect.export.proof.live import live_model
+from moect.export.shards import SHARD_BYTES
 from moect.export.source import open_run
 from moect.export.targets.choice import choose
 from moect.export.targets.form import Subject
-from moect.export.write import Extras, check_free, write_folder
-from moect.export.writer import SHARD_BYTES
 from moect.model.build import weights_folder
 from moect.monitor.measuring.windows import tokenise
 from moect.monitor.rows import read_rows
@@ -107,7 +105,7 @@ def export_run(run_folder: Path, options: ExportOptions | None = None) -> Export
         origin | {"dtype": trained.subject.dtype},
         options.shard_bytes,
         options.verify,
-        live=None if options.instruct else partial(live_model, *source.of_live),
+        live=None if options.instruct else source.live,
     )
     return Export(output, target.name, comparison)
 

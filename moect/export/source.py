@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from moect.config import RunConfig, load_config
 from moect.data.vocabulary.extended_tokenizer import extension_of
 from moect.data.vocabulary.tokenizer import kept_tokenizer
 from moect.errors import ExportError
 from moect.export.checkpoint_choice import choose_checkpoint
+from moect.export.proof.live import live_model
 from moect.export.trained import TrainedModel, of_run
 from moect.model.build import base_fingerprint
 from moect.train.checkpoints.reading import read_info
@@ -35,10 +38,9 @@ class Source:
     tokenizer: object
     trained: TrainedModel
 
-    @property
-    def of_live(self) -> tuple:
-        """What `live_model` takes."""
-        return self.config, self.checkpoint, self.trained.subject.dtype, extension_of(self.tokenizer)
+    def live(self) -> nn.Module:
+        """The same model as training itself builds it: see `live_model`."""
+        return live_model(self.config, self.checkpoint, self.trained.subject.dtype, extension_of(self.tokenizer))
 
 
 def open_run(run_folder: Path, checkpoint: str | None = None, dtype: str | None = None) -> Source:

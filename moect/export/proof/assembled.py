@@ -5,7 +5,6 @@ B batch, S sequence, D width
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,20 +12,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from moect.export.targets.form import Subject
+from moect.export.targets.form import EMBEDDING, HEAD, Subject, config_of_blocks
 from moect.model.append import append_moe, modules_of
 from moect.model.embeddings import append_counted_rows
-
-
-def sub_config(base, blocks: range):
-    """A Hugging Face config of some of a model's blocks."""
-    config = copy.deepcopy(base)
-    config.num_hidden_layers = len(blocks)
-    if getattr(config, "layer_types", None) is not None:
-        config.layer_types = [base.layer_types[i] for i in blocks]
-    if hasattr(config, "max_window_layers"):
-        config.max_window_layers = len(blocks)  # layer_types says which
-    return config
 
 
 def assemble(subject: Subject, tensors: Mapping[str, Tensor], blocks: range | None = None) -> nn.Module:
@@ -46,7 +34,7 @@ def assemble(subject: Subject, tensors: Mapping[str, Tensor], blocks: range | No
     blocks = all_blocks if blocks is None else blocks
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            sub_config(subject.base, blocks), dtype=torch.float32, attn_implementation="eager"
+            config_of_blocks(subject.base, blocks), dtype=torch.float32, attn_implementation="eager"
         )
     inside = [i - blocks.start for i in subject.blocks if i in blocks]
     if inside:
@@ -60,7 +48,7 @@ def assemble(subject: Subject, tensors: Mapping[str, Tensor], blocks: range | No
     values = {}
     for name, slot in model.state_dict().items():
         source = renumbered(name, blocks.start)
-        tensor = tensors["model.embed_tokens.weight" if _tied(model, name) else source]
+        tensor = tensors[EMBEDDING if _tied(model, name) else source]
         values[name] = tensor.to(slot.dtype, copy=True)  # mapped from a file it lies anywhere, and rounds otherwise
     model.load_state_dict(values, assign=True)
     model.tie_weights()
@@ -75,4 +63,4 @@ def renumbered(name: str, by: int) -> str:
 
 
 def _tied(model: nn.Module, name: str) -> bool:
-    return name == "lm_head.weight" and model.config.get_text_config().tie_word_embeddings
+    return name == HEAD and model.config.get_text_config().tie_word_embeddings

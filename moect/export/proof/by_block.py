@@ -138,7 +138,7 @@ def _unhooked(model: nn.Module) -> nn.Module:
 
 def _stock(target: StockMixture, subject: Subject, weights: FolderWeights, blocks: range) -> nn.Module:
     """Some blocks, or with none of them embedding and head, through the loader of transformers."""
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = target.config_of_blocks(subject, blocks)
     if blocks:
@@ -149,8 +149,7 @@ def _stock(target: StockMixture, subject: Subject, weights: FolderWeights, block
     else:
         state = {n: weights[n] for n in weights if not n.startswith("model.layers.")}
     with quiet():
-        cls = AutoModelForCausalLM._model_mapping[type(config)]
-        model, report = cls.from_pretrained(
+        model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
             None,
             config=config,
             state_dict=state,

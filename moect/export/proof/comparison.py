@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -94,10 +94,6 @@ class Comparison:
         routes = "" if self.agreement is None else f"; {self.agreement:.2%} of the routes are the same"
         how = ", block by block" if self.by_block else ""
         return f"logits in fp32{how}: {equal}{routes} (tokens: {texts})"
-
-    def values(self) -> dict:
-        """Plain values."""
-        return {**asdict(self), "agreement": self.agreement}
 
 
 class RoutesOfStock:

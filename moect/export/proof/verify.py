@@ -14,10 +14,10 @@ from moect.export.proof.assembled import assemble
 from moect.export.proof.by_block import compare_by_block, compare_folding
 from moect.export.proof.comparison import BITWISE, ROUNDING, Comparison, Text
 from moect.export.proof.whole import compare_whole, quiet
+from moect.export.shards import Shard
 from moect.export.targets.form import Subject, Target
 from moect.export.trained import TrainedModel, fold_rows
 from moect.export.weights import FolderWeights
-from moect.export.writer import Shard
 from moect.free_memory import free_bytes
 
 FIT = 0.5  # share of the free memory that two models may take

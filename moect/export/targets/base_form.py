@@ -18,10 +18,10 @@ class BaseForm(Target):
         return Support(None, True)
 
     def config(self, subject: Subject):
-        from transformers import AutoModelForCausalLM
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
         config = copy.deepcopy(subject.base)
-        config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
+        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
         return config
 
     def block(self, subject: Subject, index: int, names: list[str]) -> list[Piece]:

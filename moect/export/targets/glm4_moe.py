@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from moect.export.targets.form import Piece, Subject
-from moect.export.targets.stock import StockMixture, expert_pieces, inexact, names_of, zeros
+from moect.export.targets.stock import StockMixture, expert_pieces, inexact, names_of, scale, window_reason, zeros
 
 NEVER = -1e4  # selection bias of an expert that is never chosen: scores lie between 0 and 1
 
@@ -23,12 +23,10 @@ class Glm4Moe(StockMixture):
     """Computes routers in fp32 as the training does, so bf16 chooses the same experts."""
 
     name, architecture, router, ties = "glm4_moe", "Glm4MoeForCausalLM", "sigmoid", False
+    selects_by_bias = True
 
     def reason(self, subject: Subject) -> str | None:
-        base = subject.base
-        if any(subject.windowed) and base.max_position_embeddings > base.sliding_window:
-            return f"it has no sliding window, and the base's attention sees {base.sliding_window:,} tokens only"
-        return inexact(subject, subject.factors[0])
+        return window_reason(subject) or inexact(subject, subject.factors[0])
 
     def bitwise(self, subject: Subject) -> bool:
         return not self._padding(subject) and subject.moe.fusion == "add" and subject.moe.experts > 1
@@ -104,11 +102,10 @@ class Glm4Moe(StockMixture):
         start, (ffn, _) = f"model.layers.{index}.mlp.shared_experts", names_of(index)
         more = self._padding(subject)
         factor = subject.factors[0] if index in subject.blocks else 1.0
-        down = self._scaled("", ffn["down"], factor).make
         return [
             Piece(f"{start}.gate_proj.weight", (ffn["gate"],), lambda w_FD: pad(w_FD, (0, 0, 0, more))),
             Piece(f"{start}.up_proj.weight", (ffn["up"],), lambda w_FD: pad(w_FD, (0, 0, 0, more))),
-            Piece(f"{start}.down_proj.weight", (ffn["down"],), lambda w_DF: pad(down(w_DF), (0, more))),
+            Piece(f"{start}.down_proj.weight", (ffn["down"],), lambda w_DF: pad(scale(w_DF, factor), (0, more))),
         ]
 
     def _shared(self, subject: Subject) -> int:

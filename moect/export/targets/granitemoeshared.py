@@ -8,27 +8,19 @@ import torch
 from torch import Tensor
 
 from moect.export.targets.form import Piece, Subject
-from moect.export.targets.stock import StockMixture, inexact, names_of, scale, zeros
+from moect.export.targets.stock import StockMixture, head_reason, inexact, names_of, scale, window_reason, zeros
 
 
 class GraniteMoeShared(StockMixture):
     """A softmax over K logits is the softmax over all E, renormalised over the chosen."""
 
     name, architecture, router = "granitemoeshared", "GraniteMoeSharedForCausalLM", "softmax"
+    families = ("llama", "mistral")
 
     def reason(self, subject: Subject) -> str | None:
-        moe, base = subject.moe, subject.base
-        if base.model_type not in ("llama", "mistral"):
-            return f"its attention has another form than {base.model_type}'s"
-        if any(subject.windowed) and base.max_position_embeddings > base.sliding_window:
-            return f"it has no sliding window, and the base's attention sees {base.sliding_window:,} tokens only"
-        if moe.balance == "bias":
-            return "its router has no selection bias (moe.balance: bias)"
-        if not moe.renormalise:
+        if not subject.moe.renormalise:
             return "its weights sum to 1, and moe.renormalise is false"
-        if subject.head_dim * base.num_attention_heads != base.hidden_size:
-            return "it derives the width of a head from the model's, and the base's heads are of another"
-        return inexact(subject, *subject.factors)
+        return window_reason(subject) or head_reason(subject) or inexact(subject, *subject.factors)
 
     def bitwise(self, subject: Subject) -> bool:
         return False  # another order of softmax and choice
@@ -73,7 +65,7 @@ class GraniteMoeShared(StockMixture):
         start, (ffn, _) = f"model.layers.{index}.shared_mlp", names_of(index)
         return [
             Piece(f"{start}.input_linear.weight", (ffn["gate"], ffn["up"]), _stacked),
-            self._scaled(f"{start}.output_linear.weight", ffn["down"], factor),
+            Piece(f"{start}.output_linear.weight", (ffn["down"],), partial(scale, factor=factor)),
         ]
 
 

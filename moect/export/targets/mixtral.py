@@ -11,17 +11,13 @@ class Mixtral(RoutedMixture):
     """All of its blocks are mixtures."""
 
     name, architecture = "mixtral", "MixtralForCausalLM"
+    families = ("llama", "mistral")
 
     def bias_reason(self, subject: Subject) -> str | None:
         return "its attention has no biases, and the base's has" if subject.biases else None
 
     def reason(self, subject: Subject) -> str | None:
-        base = subject.base
-        if base.model_type not in ("llama", "mistral"):
-            return f"its attention has another form than {base.model_type}'s"
-        if subject.moe.balance == "bias":
-            return "its router has no selection bias (moe.balance: bias)"
-        if len(subject.blocks) < base.num_hidden_layers:
+        if len(subject.blocks) < subject.base.num_hidden_layers:
             return "all of its blocks are mixtures, and moe.layers leaves some out"
         return None
 
@@ -35,7 +31,7 @@ class Mixtral(RoutedMixture):
 
     def mixture(self, subject: Subject, index: int) -> list[Piece]:
         start = f"model.layers.{index}.block_sparse_moe"
-        experts = self.experts(subject, index, f"{start}.experts", "w1", "w3", "w2")
+        experts = self.experts(subject, index, f"{start}.experts", ("w1", "w3", "w2"))
         return [*experts, Piece(f"{start}.gate.weight", (names_of(index)[1]["router"],))]
 
     def plain(self, subject: Subject, index: int) -> list[Piece]:

@@ -6,8 +6,10 @@ is doubled. It is not 0: llama.cpp computes the gate as silu(x) / x.
 
 from __future__ import annotations
 
+from functools import partial
+
 from moect.export.targets.form import Piece, Subject, power_of_two
-from moect.export.targets.stock import StockMixture, expert_pieces, filled, inexact, names_of, zeros
+from moect.export.targets.stock import StockMixture, expert_pieces, filled, head_reason, inexact, names_of, scale, zeros
 
 TINY = 2.0**-60
 
@@ -16,16 +18,10 @@ class Qwen2Moe(StockMixture):
     """Its router takes logits in the dtype of the activations: in bf16, near ties may go to other experts."""
 
     name, architecture, router = "qwen2_moe", "Qwen2MoeForCausalLM", "softmax"
+    families = ("llama", "qwen2", "mistral")
 
     def reason(self, subject: Subject) -> str | None:
-        base = subject.base
-        if base.model_type == "qwen3":
-            return "its attention does not normalise queries and keys, and the base's does"
-        if subject.moe.balance == "bias":
-            return "its router has no selection bias (moe.balance: bias)"
-        if subject.head_dim * base.num_attention_heads != base.hidden_size:
-            return "it derives the width of a head from the model's, and the base's heads are of another"
-        return inexact(subject, 2 * subject.factors[0], subject.factors[1])
+        return head_reason(subject) or inexact(subject, 2 * subject.factors[0], subject.factors[1])
 
     def bitwise(self, subject: Subject) -> bool:
         return subject.moe.fusion == "add" and power_of_two(subject.factors[1])
@@ -58,11 +54,6 @@ class Qwen2Moe(StockMixture):
             "layer_types": ["sliding_attention" if w else "full_attention" for w in subject.windowed],
         }
 
-    def config_of_blocks(self, subject: Subject, blocks: range):
-        config = super().config_of_blocks(subject, blocks)
-        config.mlp_only_layers = [n for n, i in enumerate(blocks) if i in config.mlp_only_layers]
-        return config
-
     def block(self, subject: Subject, index: int, names: list[str]) -> list[Piece]:
         pieces = super().block(subject, index, names)
         if subject.biases:
@@ -83,7 +74,7 @@ class Qwen2Moe(StockMixture):
             filled(subject, f"{start}.shared_expert_gate.weight", TINY, 1, subject.base.hidden_size),
             Piece(f"{start}.shared_expert.gate_proj.weight", (ffn["gate"],)),
             Piece(f"{start}.shared_expert.up_proj.weight", (ffn["up"],)),
-            self._scaled(f"{start}.shared_expert.down_proj.weight", ffn["down"], 2 * frozen),
+            Piece(f"{start}.shared_expert.down_proj.weight", (ffn["down"],), partial(scale, factor=2 * frozen)),
         ]
 
     def plain(self, subject: Subject, index: int) -> list[Piece]:

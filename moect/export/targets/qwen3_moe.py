@@ -4,26 +4,20 @@ from __future__ import annotations
 
 from moect.export.targets.form import Piece, Subject
 from moect.export.targets.routed import RoutedMixture
-from moect.export.targets.stock import names_of
+from moect.export.targets.stock import names_of, window_reason
 
 
 class Qwen3Moe(RoutedMixture):
     """The attention is Qwen3's own, biases on all projections among it."""
 
     name, architecture = "qwen3_moe", "Qwen3MoeForCausalLM"
+    families = ("qwen3",)
 
     def bias_reason(self, subject: Subject) -> str | None:
         return None
 
     def reason(self, subject: Subject) -> str | None:
-        base = subject.base
-        if base.model_type != "qwen3":
-            return f"its attention normalises queries and keys, and {base.model_type}'s does not"
-        if any(subject.windowed) and base.max_position_embeddings > base.sliding_window:
-            return f"it has one window for all blocks or none, and the base's sees {base.sliding_window:,} in some"
-        if subject.moe.balance == "bias":
-            return "its router has no selection bias (moe.balance: bias)"
-        return None
+        return window_reason(subject)
 
     def values(self, subject: Subject) -> dict:
         base = subject.base
@@ -39,14 +33,9 @@ class Qwen3Moe(RoutedMixture):
             "use_sliding_window": False,
         }
 
-    def config_of_blocks(self, subject: Subject, blocks: range):
-        config = super().config_of_blocks(subject, blocks)
-        config.mlp_only_layers = [n for n, i in enumerate(blocks) if i in config.mlp_only_layers]
-        return config
-
     def mixture(self, subject: Subject, index: int) -> list[Piece]:
         start = f"model.layers.{index}.mlp"
-        experts = self.experts(subject, index, f"{start}.experts", "gate_proj", "up_proj", "down_proj")
+        experts = self.experts(subject, index, f"{start}.experts", ("gate_proj", "up_proj", "down_proj"))
         return [*experts, Piece(f"{start}.gate.weight", (names_of(index)[1]["router"],))]
 
     def plain(self, subject: Subject, index: int) -> list[Piece]:

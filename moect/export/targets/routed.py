@@ -5,10 +5,8 @@ Their sum over the chosen experts takes the FFN's part at another place than our
 
 from __future__ import annotations
 
-from functools import partial
-
 from moect.export.targets.form import Piece, Subject
-from moect.export.targets.stock import StockMixture, names_of, one, rows
+from moect.export.targets.stock import StockMixture, expert_pieces, names_of
 
 
 class RoutedMixture(StockMixture):
@@ -25,19 +23,8 @@ class RoutedMixture(StockMixture):
     def note(self, subject: Subject) -> str:
         return "its router computes in the dtype of the weights: in bf16 near ties may go to other experts"
 
-    def experts(self, subject: Subject, index: int, start: str, gate: str, up: str, down: str) -> list[Piece]:
-        """The frozen FFN and the experts that trained, three matrices each, under these names."""
-        ffn, moe = names_of(index)
-        F = subject.expert_width
-        pieces = [
-            Piece(f"{start}.0.{gate}.weight", (ffn["gate"],)),
-            Piece(f"{start}.0.{up}.weight", (ffn["up"],)),
-            Piece(f"{start}.0.{down}.weight", (ffn["down"],)),
-        ]
-        for e in range(subject.moe.trained_experts):
-            pieces += [
-                Piece(f"{start}.{e + 1}.{gate}.weight", (moe["gate_up"],), partial(rows, expert=e, first=0, last=F)),
-                Piece(f"{start}.{e + 1}.{up}.weight", (moe["gate_up"],), partial(rows, expert=e, first=F, last=2 * F)),
-                Piece(f"{start}.{e + 1}.{down}.weight", (moe["down"],), partial(one, expert=e)),
-            ]
-        return pieces
+    def experts(self, subject: Subject, index: int, start: str, parts: tuple[str, str, str]) -> list[Piece]:
+        """The frozen FFN and the experts that trained, their gate, up and down projections under these names."""
+        ffn, _ = names_of(index)
+        frozen = [Piece(f"{start}.0.{part}.weight", (name,)) for part, name in zip(parts, ffn.values(), strict=True)]
+        return frozen + expert_pieces(subject, index, start, first=1, parts=parts)

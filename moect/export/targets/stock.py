@@ -11,8 +11,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moect.export.targets.form import EMBEDDING, HEAD, Piece, Subject, Support, Target, power_of_two
+from moect.export.targets.form import (
+    EMBEDDING,
+    HEAD,
+    Piece,
+    Subject,
+    Support,
+    Target,
+    config_of_blocks,
+    power_of_two,
+)
 from moect.model.build import DTYPES
+from moect.model.families import SUPPORTED
 
 # of a base's config, what every architecture of transformers calls the same
 KEPT = (
@@ -28,9 +38,11 @@ class StockMixture(Target):
     architecture: str  # name of the class in transformers
     router: str  # how it turns router logits into scores
     ties = True  # whether its class can tie head and embedding
+    selects_by_bias = False  # whether its router has one, `moe.balance: bias`
+    families: tuple[str, ...] = SUPPORTED  # whose attention has its form
 
     def supports(self, subject: Subject) -> Support:
-        reason = self._common_reason(subject) or self.bias_reason(subject) or self.reason(subject)
+        reason = self._common_reason(subject) or self.reason(subject)
         if reason:
             return Support(reason)
         return Support(None, self.bitwise(subject) and not subject.rows, self.note(subject))
@@ -70,11 +82,7 @@ class StockMixture(Target):
 
     def config_of_blocks(self, subject: Subject, blocks: range):
         """The config of a model of some of the blocks, at most one."""
-        config = self.config(subject)
-        config.num_hidden_layers = len(blocks)
-        if getattr(config, "layer_types", None) is not None:
-            config.layer_types = [config.layer_types[i] for i in blocks]
-        return config
+        return config_of_blocks(self.config(subject), blocks)
 
     def block(self, subject: Subject, index: int, names: list[str]) -> list[Piece]:
         start = f"model.layers.{index}."
@@ -98,6 +106,12 @@ class StockMixture(Target):
             return reason
         if moe.router != self.router:
             return f"its router is a {self.router}, and moe.router is `{moe.router}`"
+        if moe.balance == "bias" and not self.selects_by_bias:
+            return "its router has no selection bias (moe.balance: bias)"
+        if reason := self.bias_reason(subject):
+            return reason
+        if subject.base.model_type not in self.families:
+            return f"its attention has another form than {subject.base.model_type}'s"
         return None
 
     def fusion_reason(self, fusion: str) -> str | None:
@@ -110,8 +124,20 @@ class StockMixture(Target):
             return "its attention has no bias on the output projection, and the base's has"
         return None
 
-    def _scaled(self, name: str, part: str, factor: float) -> Piece:
-        return Piece(name, (part,)) if factor == 1 else Piece(name, (part,), partial(scale, factor=factor))
+
+def window_reason(subject: Subject) -> str | None:
+    """Why a class without sliding windows cannot have the base's."""
+    base = subject.base
+    if any(subject.windowed) and base.max_position_embeddings > base.sliding_window:
+        return f"it is written without sliding windows, and the base's sees {base.sliding_window:,} tokens only"
+    return None
+
+
+def head_reason(subject: Subject) -> str | None:
+    """Why a class, or an engine, that divides the model's width among the heads cannot have the base's."""
+    if subject.head_dim * subject.base.num_attention_heads != subject.base.hidden_size:
+        return "it derives the width of a head from the model's, and the base's heads are of another"
+    return None
 
 
 def names_of(index: int) -> tuple[dict[str, str], dict[str, str]]:
@@ -127,22 +153,32 @@ def names_of(index: int) -> tuple[dict[str, str], dict[str, str]]:
     return ffn, moe
 
 
-def expert_pieces(subject: Subject, index: int, start: str, factor: float = 1.0) -> list[Piece]:
-    """The routed experts as most architectures store them: three matrices each.
+def expert_pieces(
+    subject: Subject,
+    index: int,
+    start: str,
+    factor: float = 1.0,
+    first: int = 0,
+    parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+) -> list[Piece]:
+    """The experts that trained, as most architectures store them: three matrices each.
 
     Args:
         subject: what is written.
         index: of the block.
         start: of the names, before the expert's number.
         factor: on the down projections.
+        first: number of the first.
+        parts: names of gate, up and down projection.
     """
     _, moe = names_of(index)
-    F, pieces = subject.expert_width, []
-    for e in range(subject.moe.experts):
+    F, (gate, up, down), pieces = subject.expert_width, parts, []
+    for e in range(subject.moe.trained_experts):
+        name = f"{start}.{first + e}"
         pieces += [
-            Piece(f"{start}.{e}.gate_proj.weight", (moe["gate_up"],), partial(rows, expert=e, first=0, last=F)),
-            Piece(f"{start}.{e}.up_proj.weight", (moe["gate_up"],), partial(rows, expert=e, first=F, last=2 * F)),
-            Piece(f"{start}.{e}.down_proj.weight", (moe["down"],), partial(one, expert=e, factor=factor)),
+            Piece(f"{name}.{gate}.weight", (moe["gate_up"],), partial(rows, expert=e, first=0, last=F)),
+            Piece(f"{name}.{up}.weight", (moe["gate_up"],), partial(rows, expert=e, first=F, last=2 * F)),
+            Piece(f"{name}.{down}.weight", (moe["down"],), partial(one, expert=e, factor=factor)),
         ]
     return pieces
 

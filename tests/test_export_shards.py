@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from moect import locks
 from moect.errors import ExportError
-from moect.export import writer
+from moect.export import shards as writer
+from moect.export.folder import Extras, write_folder
 from moect.export.proof.comparison import random_text
+from moect.export.shards import plan_shards, write_shards
 from moect.export.targets.choice import choose
 from moect.export.targets.form import Piece
 from moect.export.trained import TrainedModel, of_model
-from moect.export.write import Extras, write_folder
-from moect.export.writer import plan_shards, write_shards
 
 NATIVE = {"fusion": "add", "router": "sigmoid", "balance": "bias"}
 SMALL = 60_000  # bytes: less than a block of the tiny model
@@ -105,7 +105,7 @@ def test_interrupted_export_goes_on_and_ends_with_the_same_bytes(killed_at, tmp_
 
 def test_export_of_something_else_that_was_interrupted_is_not_gone_on_with(tmp_path, monkeypatch, caplog):
     first, second = (of_model(extended("qwen3", NATIVE, seed=seed)) for seed in (0, 1))
-    monkeypatch.setattr("moect.export.write.verify", lambda *args: (_ for _ in ()).throw(Killed))
+    monkeypatch.setattr("moect.export.folder.verify", lambda *args: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         write(first, tmp_path / "export", origin={"step": 5})
     monkeypatch.undo()
@@ -122,7 +122,7 @@ def test_export_of_something_else_that_was_interrupted_is_not_gone_on_with(tmp_p
 
 def test_a_shard_damaged_between_two_attempts_is_found(tmp_path, monkeypatch):
     trained = of_model(extended("qwen3", NATIVE))
-    monkeypatch.setattr("moect.export.write.verify", lambda *args: (_ for _ in ()).throw(Killed))
+    monkeypatch.setattr("moect.export.folder.verify", lambda *args: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         write(trained, tmp_path / "export", origin={"step": 5})
     monkeypatch.undo()

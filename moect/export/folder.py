@@ -21,11 +21,11 @@ from moect.errors import ExportError
 from moect.export.bundle import bundle
 from moect.export.proof.comparison import Comparison, Text, random_text
 from moect.export.proof.verify import check_tensors, verify
+from moect.export.shards import SHARD_BYTES, plan_shards, write_shards
 from moect.export.targets.choice import choose
 from moect.export.targets.form import Subject, Target
 from moect.export.targets.own import Own
 from moect.export.trained import TrainedModel, fold_rows, of_model
-from moect.export.writer import SHARD_BYTES, plan_shards, write_shards
 from moect.train.checkpoints.reading import values_digest
 
 log = logging.getLogger("moect.export")
@@ -177,6 +177,8 @@ class alone:
     def __enter__(self):
         try:
             self.file = locks.acquire(self.path, 0)
+            if os.fstat(self.file.fileno()).st_nlink == 0:  # whoever had it has removed it meanwhile
+                raise locks.Held("another process")
         except locks.Held as error:
             raise ExportError(f"{self.folder}: {error} is writing it; wait, or choose another with --output") from error
 
