@@ -244,10 +244,12 @@ def test_hard_language_gate_leaves_closed_tokens_to_the_base_bitwise():
     assert record.blocks == {}  # no token, no expert work
 
 
-@pytest.mark.parametrize("backend", ["cpu", "segments"])
-def test_a_token_that_the_gate_has_closed_costs_no_expert_operation(backend):
+@pytest.mark.parametrize(("backend", "sees"), [("cpu", "token"), ("cpu", "context"), ("segments", "context")])
+def test_a_token_that_the_gate_has_closed_costs_no_expert_operation(backend, sees):
     D, F, E, K = 32, 24, 4, 2
-    config = MoeConfig(fusion="add", language_gate=True, width=F, experts=E, top_k=K, dispatch=backend)
+    config = MoeConfig(
+        fusion="add", language_gate=True, gate_sees=sees, width=F, experts=E, top_k=K, dispatch=backend
+    )
     model = append_moe(tiny_model(), config)
     disturb(model)
     ids = tokens(4, 12)
@@ -260,6 +262,8 @@ def test_a_token_that_the_gate_has_closed_costs_no_expert_operation(backend):
     opened, blocks = (record.gate_logit_T > 0).sum().item(), 3
     assert 0 < opened < ids.numel()
     gate = 2 * ids.numel() * (D * D + D)
+    if sees == "context":  # as wide again, and attention's output map once more (its scores are not counted on CPUs)
+        gate += 2 * ids.numel() * (D * D + model.model.layers[0].self_attn.o_proj.weight.numel())
     appended = blocks * opened * 2 * (D * E + K * 3 * D * F)
     assert counted.get_total_flops() == of_base.get_total_flops() + gate + appended
 

@@ -178,7 +178,7 @@ def test_open_gate_gives_the_rows_and_a_soft_one_their_share():
             inside_V = (1 - share) * (weight_VD @ h_D) + share * (changed_VD[:V] @ h_D)
             beyond_A = changed_VD[V:] @ h_D + (q.log() if training or not open_ else 0)
             assert (got_V - torch.cat([inside_V, beyond_A])).abs().max() < 1e-4
-        assert 3 < n_open < len(got_TV) - 3
+        assert 2 < n_open < len(got_TV) - 2
 
 
 @pytest.mark.parametrize("value", [-3.0, 0.4])

@@ -70,7 +70,7 @@ def test_the_base_beside_itself_is_the_same_in_every_bit(tokenised):
     assert result["low"] < 1 == result["high"]  # so few documents do not prove that all are
 
 
-@pytest.mark.parametrize("threshold", [0.4, 0.5, 0.55])
+@pytest.mark.parametrize("threshold", [0.55, 0.6, 0.65])
 def test_a_prediction_has_the_bases_bits_exactly_while_no_token_passed_the_gate(tokenised, threshold):
     model = gated_model(threshold)
     comparison, _ = compare(model, tokenised, window=200)

@@ -23,6 +23,7 @@ MODULES = (
     "model/families",
     "model/record",
     "model/embeddings",
+    "model/even_attention",
     "model/router",
     "model/experts",
     "model/fusion",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from moect.dispatch import backends
 from moect.errors import ConfigError, UnsupportedModelError
 from moect.model.embeddings import remove_rows, rows_of
+from moect.model.even_attention import context_of, listen, stop_listening
 from moect.model.families import blocks_of, check_config
 from moect.model.moe_ffn import MoEFFN
 from moect.model.record import RECORD, ForwardRecord
@@ -34,11 +35,15 @@ class AppendedBlock:
     """
 
     def forward(self, hidden_states: Tensor, *, moect_record: ForwardRecord, **kwargs) -> Tensor:
-        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        enabled = self.moe is not None and self.moe.enabled
+        heard = {RECORD: moect_record} if enabled and self.moe.listens else {}
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs, **heard)
+        if heard:
+            moect_record.context_TD = context_of(self.self_attn, moect_record, kwargs["position_ids"]).flatten(0, 1)
         r_BSD = hidden_states + attended
         u_BSD = self.post_attention_layernorm(r_BSD)
         f_BSD = self.mlp(u_BSD)
-        if self.moe is None or not self.moe.enabled:
+        if not enabled:
             return r_BSD + f_BSD
         return self.moe(r_BSD, u_BSD, f_BSD, moect_record)
 
@@ -121,6 +126,8 @@ def append_to_blocks(
             with within(block.mlp, moe) if within else nullcontext():
                 moe.reset(block.mlp, generator)
         block.moe = moe.train(block.training)
+        if moe.listens:
+            listen(block.self_attn)
 
 
 def remove_moe(model: nn.Module) -> nn.Module:
@@ -134,6 +141,7 @@ def remove_moe(model: nn.Module) -> nn.Module:
     remove_rows(model)
     for block in blocks_of(model):
         del block.moe
+        stop_listening(block.self_attn)
         block.__class__ = type(block).__mro__[2]  # (appended class, AppendedBlock, the base's class, …)
     model.model._moect_hook.remove()
     del model.model._moect_hook, model.moe_config

@@ -46,7 +46,8 @@ class MoectConfig(PretrainedConfig):
         values = values or {"model_type": "llama"}  # transformers makes configs without arguments, to learn defaults
         values.pop("_name_or_path", None)
         self.base_config = AutoConfig.for_model(**values)
-        self.moe = asdict(MoeConfig(**(moe or {})))
+        before = {"gate_sees": "token"} if moe and "gate_sees" not in moe else {}  # exports of before there was a choice
+        self.moe = asdict(MoeConfig(**before, **(moe or {})))
         self.rows, self.added_tokens, self.spare_tokens = rows, added_tokens, spare_tokens
         if self._auto_class is None:
             kwargs.pop("auto_map", None)  # saved again, no modelling file will lie beside it

@@ -45,7 +45,9 @@ class MoEFFN(nn.Module):
         self.router = Router(config, width)
         self.experts = Experts(config.trained_experts, width, config.width or ffn_width, config.dispatch)
         self.fusion = Fusion(config, width, around=not self.copies)
-        self.language_gate = LanguageGate(width) if config.language_gate and decides else None
+        self.language_gate = None
+        if config.language_gate and decides:
+            self.language_gate = LanguageGate(width, config.gate_sees == "context")
 
     @torch.no_grad()
     def reset(self, ffn: nn.Module, generator: torch.Generator) -> None:
@@ -58,6 +60,11 @@ class MoEFFN(nn.Module):
         self.fusion.reset(generator)
         if self.language_gate is not None:
             self.language_gate.reset(generator)
+
+    @property
+    def listens(self) -> bool:
+        """Whether the language gate decides here, and wants the context."""
+        return self.language_gate is not None and self.config.gate_sees == "context"
 
     def forward(self, r_BSD: Tensor, u_BSD: Tensor, f_BSD: Tensor, record: ForwardRecord) -> Tensor:
         """The block's output h' (B, S, D) from residual r, FFN input u and frozen FFN output f."""
@@ -116,7 +123,7 @@ class MoEFFN(nn.Module):
     def _gate_logit(self, u_TD: Tensor, record: ForwardRecord) -> Tensor:
         if self.language_gate is None:
             return record.gate_logit_T.to(u_TD.device)
-        logit_T = self.language_gate(u_TD)
+        logit_T = self.language_gate(u_TD, record.context_TD)
         if record.gate_logit_T is None:
             record.gate_logit_T = logit_T
         return logit_T

@@ -1,0 +1,98 @@
+"""What a block's attention reads where it looks at everything it may see equally: the mean of the values.
+
+The language gate takes it as its context. The attention kernel of one block is called a second time, with queries of
+zero, on the keys, values and mask of its first call: so packed documents, padding, sliding windows and caches count as
+they do for the base, under every kernel and in serving engines, nothing has to be kept between calls, and the base's
+own call is what it was.
+
+B batch, S sequence, H heads, D width
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from moect.errors import UnsupportedModelError
+from moect.model.record import RECORD, ForwardRecord
+
+PREFIX = "moect|"
+ENOUGH = 256  # tokens; after so many, more of them make the gate no surer
+
+
+class Listening:
+    """A block's attention config, the base's own but for the name of the kernel: that of one that listens."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def __getattr__(self, name: str):
+        if name.startswith("__") or name == "config":
+            raise AttributeError(name)
+        return getattr(self.config, name)
+
+    @property
+    def _attn_implementation(self) -> str:
+        kernel = self.config._attn_implementation or "eager"
+        name = PREFIX + kernel
+        if name not in ALL_ATTENTION_FUNCTIONS:
+            ALL_ATTENTION_FUNCTIONS.register(name, partial(_attend_and_listen, kernel))
+        return name
+
+
+def listen(attention: nn.Module) -> None:
+    """Let an attention module leave its even attention in the record that it is given by the keyword `RECORD`, if it is
+    given one."""
+    attention.config = Listening(attention.config)
+
+
+def stop_listening(attention: nn.Module) -> None:
+    """Undo `listen`, where it was called."""
+    if isinstance(attention.config, Listening):
+        attention.config = attention.config.config
+
+
+@torch.no_grad()
+def context_of(attention: nn.Module, record: ForwardRecord, position_ids_BS: Tensor) -> Tensor:
+    """What was heard, through the attention's own output map: its direction, longer the more tokens speak for it.
+
+    Args:
+        attention: the module, after its call.
+        record: that the call was given.
+        position_ids_BS: int64, from 0 in each text.
+
+    Returns:
+        (B, S, D) fp32, of length √(D·n), n tokens being seen, at most ENOUGH of them counted.
+    """
+    heard_BSHd, record.heard_BSHd = record.heard_BSHd, None
+    read_BSD = attention.o_proj(heard_BSHd.flatten(2)).float()
+    direction_BSD = nn.functional.rms_norm(read_BSD, read_BSD.shape[-1:], eps=1e-12)
+    return direction_BSD * (position_ids_BS + 1).clamp(1, ENOUGH).sqrt()[..., None]
+
+
+def _attend_and_listen(kernel: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
+    """An attention function of transformers: that of the name `kernel`, and with a record once more, evenly."""
+    record = kwargs.pop(RECORD, None)
+    attend = _kernel(kernel, module)
+    result = attend(module, query, key, value, *args, **kwargs)
+    if record is not None:
+        if kwargs.get("cache") is not None:  # the kernel would put keys and values into it again
+            raise UnsupportedModelError(
+                "the language gate's context cannot be had from a paged cache of transformers; use generate(), or vLLM"
+            )
+        with torch.no_grad():
+            even, _ = attend(module, torch.zeros_like(query), key, value, *args, **{**kwargs, "dropout": 0.0})
+        B, S = query.shape[0], query.shape[2]
+        record.heard_BSHd = even.reshape(B, S, query.shape[1], -1)
+    return result
+
+
+def _kernel(name: str, module: nn.Module) -> Callable:
+    if name == "eager":  # each family has its own
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[name]
