@@ -352,11 +352,6 @@ def _check(config: RunConfig) -> None:
             "`model.train_embeddings` is for `method: moe-ct`; `full` trains them all, and `lora` names modules in "
             "`lora.targets`"
         )
-    if model.train_embeddings == "all" and config.moe.language_gate:
-        raise ValueError(
-            "`model.train_embeddings: all` changes what the language gate sees of every token, so it could not keep "
-            "old text as it was; use `unseen`, or set `moe.language_gate: false`"
-        )
     if not 0 <= config.seed < 2**31:
         raise ValueError(f"`seed` is {config.seed}: it must lie between 0 and {2**31 - 1}")
     for section in ("moe", "lora", "loss", "data", "train", "health"):

@@ -247,9 +247,7 @@ def test_hard_language_gate_leaves_closed_tokens_to_the_base_bitwise():
 @pytest.mark.parametrize(("backend", "sees"), [("cpu", "token"), ("cpu", "context"), ("segments", "context")])
 def test_a_token_that_the_gate_has_closed_costs_no_expert_operation(backend, sees):
     D, F, E, K = 32, 24, 4, 2
-    config = MoeConfig(
-        fusion="add", language_gate=True, gate_sees=sees, width=F, experts=E, top_k=K, dispatch=backend
-    )
+    config = MoeConfig(fusion="add", language_gate=True, gate_sees=sees, width=F, experts=E, top_k=K, dispatch=backend)
     model = append_moe(tiny_model(), config)
     disturb(model)
     ids = tokens(4, 12)

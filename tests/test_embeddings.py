@@ -212,14 +212,46 @@ def test_an_exported_model_with_rows_keeps_its_size(tmp_path):
 
 
 def test_tokens_before_the_first_open_one_keep_the_base_s_bits():
-    model = with_rows(gate=True, pieces=[])
+    """Whichever rows have moved: they come after the gate."""
+    model = with_rows(ids=EVERYTHING, gate=True, pieces=[])
     ids, record = tokens(8, 30), ForwardRecord()
-    ids[torch.isin(ids, torch.tensor(CHOSEN))] = 8
     got, expected = logits(model, ids, moect_record=record), logits(base(False), ids)
     open_BS = (record.gate_logit_T.sigmoid() > 0.5).view(ids.shape)
     untouched_BS = ~open_BS.cummax(1).values
     assert untouched_BS.sum() > 3 and torch.equal(got[untouched_BS], expected[untouched_BS])
     assert not torch.equal(got[open_BS], expected[open_BS])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_with_a_gate_the_rows_are_added_where_it_decides(training):
+    """Against the base with hooks: a stream that gets q·d_i behind its second block, and a head of other rows."""
+    moe = MoeConfig(fusion="add", language_gate=True, width=16, layers=[1])
+    model = append_rows(append_moe(base(False), moe), CHOSEN)
+    disturb(model, scale=0.3)
+    model.train(training)
+    modules_of(model)[0].experts.down_proj.data.zero_()
+    ids, record = tokens(4, 20), ForwardRecord()
+    got_BSV = logits(model, ids, moect_record=record)
+    q_BS = record.gate_logit_T.sigmoid().view(ids.shape)
+    q_BS = q_BS if training else (q_BS > 0.5).float()
+    assert q_BS.std() > 0.1
+    embeddings, head = matrices(model)
+    twin = base(False)
+    change_BSD = q_BS[..., None] * (embeddings - twin.model.embed_tokens.weight.detach())[ids]
+    twin.model.layers[1].register_forward_hook(lambda block, inputs, output: output + change_BSD)
+    with torch.no_grad():
+        hidden_BSD = twin.model(ids, use_cache=False).last_hidden_state
+        weight = twin.lm_head.weight
+        expected = hidden_BSD @ weight.T + q_BS[..., None] * (hidden_BSD @ (head - weight).T)
+    assert (got_BSV - expected).abs().max() < 1e-4
+
+
+def test_embeddings_without_their_tokens_are_refused_where_rows_come_late():
+    model = with_rows(gate=True)
+    with pytest.raises(ValueError, match="give input_ids"):
+        model(inputs_embeds=torch.zeros(1, 3, 32))
+    with base_only(model):
+        model(inputs_embeds=torch.zeros(1, 3, 32))
 
 
 def test_chunks_of_logits_and_their_recomputation_change_no_loss_and_no_gradient(monkeypatch):
@@ -359,7 +391,6 @@ def test_without_text_of_old_languages_unseen_is_refused():
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"model": {"train_embeddings": "all"}, "moe": {"fusion": "add", "language_gate": True}}, "use `unseen`"),
         ({"model": {"extend_tokenizer": 5}, "method": "full"}, "`model.extend_tokenizer` is for `method: moe-ct`"),
     ],
 )

@@ -79,7 +79,7 @@ def append_moe(
         raise UnsupportedModelError("the model has an appended module already; call remove_moe first")
     append_to_blocks(model.model, model.config, config, seed, within)
     model.lm_head.requires_grad_(False)
-    model.model._moect_hook = model.model.register_forward_pre_hook(_provide_record, with_kwargs=True)
+    model.model._moect_hook = model.model.register_forward_pre_hook(_begin_pass, with_kwargs=True)
     model.moe_config = config
     return model
 
@@ -193,19 +193,30 @@ def _appended_class(base_class: type) -> type:
     return type(f"Appended{base_class.__name__}", (AppendedBlock, base_class), {"__module__": base_class.__module__})
 
 
-def provide_record(kwargs: dict) -> None:
-    """See to it that the keywords of a forward pass hold a record that nothing is in.
+def begin_pass(decoder: nn.Module, input_ids: Tensor | None, kwargs: dict) -> None:
+    """See to it that the keywords of a pass through the blocks hold a record that nothing is in but what they begin
+    with.
+
+    Args:
+        decoder: the model without its head.
+        input_ids: int64 (B, S); None: the pass begins with embeddings.
+        kwargs: of its forward; changed.
 
     Raises:
-        ValueError: the caller's was used before.
+        ValueError: the caller's record was used before, or tokens have rows of their own and are not told.
     """
     record = kwargs.setdefault(RECORD, ForwardRecord())
     if record.blocks or record.gate_logit_T is not None:
         raise ValueError(f"{RECORD} was used in another forward pass: give each pass a new ForwardRecord()")
+    rows = getattr(decoder.embed_tokens, "rows", None)
+    if rows is not None and rows.enabled and rows.late:
+        if input_ids is None:
+            raise ValueError("tokens have rows of their own, which embeddings do not tell: give input_ids")
+        record.late_BSD = rows(tokens=input_ids)
 
 
-def _provide_record(module, args, kwargs):
-    provide_record(kwargs)
+def _begin_pass(decoder, args, kwargs):
+    begin_pass(decoder, kwargs.get("input_ids", args[0] if args else None), kwargs)
     return args, kwargs
 
 

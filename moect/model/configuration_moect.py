@@ -46,7 +46,7 @@ class MoectConfig(PretrainedConfig):
         values = values or {"model_type": "llama"}  # transformers makes configs without arguments, to learn defaults
         values.pop("_name_or_path", None)
         self.base_config = AutoConfig.for_model(**values)
-        before = {"gate_sees": "token"} if moe and "gate_sees" not in moe else {}  # exports of before there was a choice
+        before = {} if not moe or "gate_sees" in moe else {"gate_sees": "token"}  # an export of before there was one
         self.moe = asdict(MoeConfig(**before, **(moe or {})))
         self.rows, self.added_tokens, self.spare_tokens = rows, added_tokens, spare_tokens
         if self._auto_class is None:

@@ -8,15 +8,20 @@ The base's matrices W stay as they are. A chosen token i has a row of difference
 so at the start the model computes what it computed before, bit for bit. A token that was added to the vocabulary has no
 row in W, and d_i is all of it; it starts as the mean of the rows of the pieces that its text was cut into before.
 
-With a language gate the head follows the token's gate value q, as the experts do:
+With a language gate the rows of tokens that the base has follow the token's gate value q, as the experts do. The gate
+decides by the base's own embeddings, so d_i cannot come before it: it is added to the residual stream in the block
+where the gate decides, beside the experts' output e, and to the logits:
+
+    block        r + f + q (e + d_i)
 
                      token with a row in W      added token, beyond W
     in training      h·W_i + q d_i·h            d_i·h + log q
     hard, q open     h·W_i + d_i·h              d_i·h
     hard, q closed   h·W_i, the base's bits     d_i·h + log q
 
-An added token's probability is thus scaled by q. It is not zero even where the gate is closed: old text, cut by the
-extended tokenizer, holds added tokens too, and no text may be impossible.
+The embedding of an added token is d_i whatever the gate says: there is no other. Its probability is scaled by q. It is
+not zero even where the gate is closed: old text, cut by the extended tokenizer, holds added tokens too, and no text may
+be impossible.
 
 U rows, of tokens `ids`, ascending; V rows of the base; A added tokens beyond it; B batch, S sequence, D width;
 N positions of which logits are wanted
@@ -79,9 +84,14 @@ class TokenRows(nn.Module):
                 row_D = row_D - weight_VD[token].float()
             self.delta[slot] = row_D.to(self.delta.dtype)
 
+    @property
+    def late(self) -> bool:
+        """Whether the differences of the base's own tokens come after the gate."""
+        return self.config.language_gate
+
     def forward(
         self,
-        base: Tensor,
+        base: Tensor | None = None,
         tokens: Tensor | None = None,
         hidden_ND: Tensor | None = None,
         gate_logit_N: Tensor | None = None,
@@ -89,30 +99,44 @@ class TokenRows(nn.Module):
         """Change what the base computes.
 
         Args:
-            base: embeddings of `tokens`, (…, D), or logits of `hidden_ND`, (N, V).
+            base: embeddings of `tokens`, (…, D), or logits of `hidden_ND`, (N, V). None: what is wanted is what comes
+                after the gate.
             tokens: int64 (…); the embeddings of added ones are whatever.
             hidden_ND: last hidden states, after the final norm.
             gate_logit_N: the language gate before its sigmoid, fp32; None without one.
 
         Returns:
-            Embeddings (…, D), or logits (N, V + A).
+            Embeddings (…, D), or logits (N, V + A); or what is to be added where the gate is open, (…, D).
         """
+        if base is None:
+            return self._rows_of(tokens, range(self._own))
         if tokens is not None:
             return self._embeddings(base, tokens)
         return self._logits(base, hidden_ND, gate_logit_N)
 
     def _embeddings(self, base: Tensor, tokens: Tensor) -> Tensor:
-        slots = torch.searchsorted(self.ids, tokens)
         if self.added:
             base = base.masked_fill((tokens >= self.base_rows)[..., None], 0)
-        else:  # the last token of the vocabulary need not be among ids
+        here = range(self._own, len(self.ids)) if self.late else range(len(self.ids))
+        return base + self._rows_of(tokens, here) if here else base
+
+    def _rows_of(self, tokens: Tensor, wanted: range) -> Tensor:
+        """The difference of each token, (…, D), zero where it has none among the `wanted` rows."""
+        slots = torch.searchsorted(self.ids, tokens)
+        if not self.added:  # the last token of the vocabulary need not be among ids
             slots = slots.clamp_max(len(self.ids) - 1)
         delta = nn.functional.embedding(slots, self.delta)  # IndexError beyond the vocabulary, as everywhere
-        return torch.where((self.ids[slots] == tokens)[..., None], base + delta, base)
+        has_one = (self.ids[slots] == tokens) & (slots >= wanted.start) & (slots < wanted.stop)
+        return torch.where(has_one[..., None], delta, 0)
+
+    @property
+    def _own(self) -> int:
+        """Rows, the first ones, of tokens that the base's tokenizer has."""
+        return len(self.ids) - self.added - self.spare
 
     def _logits(self, base_NV: Tensor, hidden_ND: Tensor, gate_logit_N: Tensor | None) -> Tensor:
         linear, inside = nn.functional.linear, len(self.ids) - self.added
-        own = inside - self.spare  # tokens of the base's tokenizer
+        own = self._own
         soft = gate_logit_N is not None and self.training
         hard = gate_logit_N is not None and not self.training
         open_N = gate_logit_N.sigmoid() > self.config.gate_threshold if hard else None

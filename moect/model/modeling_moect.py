@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import MODEL_MAPPING, GenerationMixin, PreTrainedModel
 
 from moect.errors import UnsupportedModelError
-from moect.model.append import append_to_blocks, base_only, is_appended_tensor, modules_of, provide_record
+from moect.model.append import append_to_blocks, base_only, begin_pass, is_appended_tensor, modules_of
 from moect.model.configuration_moect import MoectConfig
 from moect.model.embeddings import ExtendedCausalLM, TokenRows, place_rows, rows_of
 from moect.model.families import check_config
@@ -133,7 +133,7 @@ class MoectModel(MoectPreTrainedModel):
         **kwargs,
     ):
         """As the base's own; `moect_record=ForwardRecord()` collects what routers and gates did."""
-        provide_record(kwargs)
+        begin_pass(self, input_ids, kwargs)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
