@@ -18,6 +18,7 @@ import yaml
 
 from moect.data_config import DataConfig, check_data
 from moect.errors import ConfigError
+from moect.gate_config import GateConfig, check_gate
 from moect.health_config import HealthConfig, check_health
 from moect.moe_config import MoeConfig, option
 from moect.monitor_config import MonitorConfig, check_monitor
@@ -137,6 +138,7 @@ class RunConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
@@ -214,7 +216,11 @@ def unused_keys(config: RunConfig) -> list[str]:
     idle += [] if moe else [("loss", f.name) for f in dataclasses.fields(LossConfig)]
     idle += [] if config.method == "lora" else [("lora", f.name) for f in dataclasses.fields(LoraConfig)]
     if moe and not config.moe.language_gate:
-        idle += [("loss", "gate"), ("moe", "gate_threshold")]
+        idle += [("loss", "gate"), ("moe", "gate_threshold"), ("moe", "gate_sees")]
+    if not moe or not config.moe.language_gate:
+        idle += [("gate", f.name) for f in dataclasses.fields(GateConfig)] + [("data", "calibration")]
+    elif config.gate.max_touched_old_documents is None:
+        idle += [("gate", "confidence"), ("data", "calibration")]
     if moe and config.moe.balance != "bias":
         idle.append(("loss", "bias_rate"))
     if moe and config.moe.fusion != "fixed":
@@ -354,7 +360,7 @@ def _check(config: RunConfig) -> None:
         )
     if not 0 <= config.seed < 2**31:
         raise ValueError(f"`seed` is {config.seed}: it must lie between 0 and {2**31 - 1}")
-    for section in ("moe", "lora", "loss", "data", "train", "health"):
+    for section in ("moe", "lora", "loss", "data", "train", "gate", "health"):
         for name, value in vars(getattr(config, section)).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"`{section}.{name}` is {value}: it must be a finite number")
@@ -399,6 +405,7 @@ def _check(config: RunConfig) -> None:
         )
     check_data(data)
     check_monitor(config.monitor, data)
+    check_gate(config.gate, config.moe if config.method == "moe-ct" else None, data)
     check_health(config.health)
     roles = {data.languages[source.lang] for source in data.train}
     if config.method == "moe-ct" and config.moe.language_gate and roles != {"old", "new"}:

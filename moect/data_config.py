@@ -85,6 +85,9 @@ class DataConfig:
     languages: dict[str, Role] = option({}, "role of each language: `old` (to keep) or `new` (to learn)")
     train: list[SourceConfig] = option([], "corpora to train on")
     evaluation: list[EvaluationConfig] = option([], "held-out texts for the monitor")
+    calibration: list[EvaluationConfig] = option(
+        [], "held-out texts of old languages, others than in `evaluation`, to find the language gate's threshold on"
+    )
     sequence_length: int = option(512, "tokens a row, S; documents are packed into rows and cannot see one another")
     packing: Literal["concatenate", "best-fit"] = option(
         "concatenate",
@@ -134,7 +137,7 @@ def check_data(data: DataConfig) -> None:
         raise ValueError(f"`data.max_bad_fraction` is {data.max_bad_fraction}: it must lie between 0 and 1")
     if not data.train:
         raise ValueError("`data.train` is empty: name at least one corpus")
-    for section in ("train", "evaluation"):
+    for section in ("train", "evaluation", "calibration"):
         for i, source in enumerate(getattr(data, section)):
             _check_source(source, f"`data.{section}[{i}]`", data.languages)
     roles = {data.languages[source.lang] for source in data.train}

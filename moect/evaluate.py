@@ -9,7 +9,10 @@ from moect.config import RunConfig, load_config
 from moect.errors import ConfigError
 from moect.monitor.rows import Row
 
-MAY_DIFFER = ("monitor", "data.evaluation", "data.root", "model.base", "model.attention")
+MAY_DIFFER = (
+    *("monitor", "gate", "moe.gate_threshold", "data.evaluation", "data.calibration"),
+    *("data.root", "model.base", "model.attention"),
+)
 
 
 @dataclass
@@ -43,13 +46,14 @@ def evaluate_run(run_folder: Path, checkpoint: str | None = None, overrides: lis
         MoectError: whatever the user can put right.
     """
     from moect import distributed
-    from moect.data.reading.evaluation import load_evaluation
+    from moect.data.reading.evaluation import load_calibration, load_evaluation
     from moect.data.vocabulary.extended_tokenizer import extension_of
     from moect.data.vocabulary.tokenizer import kept_tokenizer, load_tokenizer
     from moect.export.checkpoint_choice import choose_checkpoint
     from moect.model.build import base_fingerprint, build_model
     from moect.monitor.forgetting import ForgettingMonitor
     from moect.monitor.measuring.base import base_of
+    from moect.monitor.threshold import calibrated
     from moect.train.checkpoints.reading import load_module, read_info
     from moect.train.checkpoints.same_run import check_same_run
     from moect.train.token_rows import check_extension, kept_rows
@@ -59,12 +63,15 @@ def evaluate_run(run_folder: Path, checkpoint: str | None = None, overrides: lis
     rank, world_size = distributed.start(config.health.timeout_minutes)
     path = distributed.on_main(lambda: choose_checkpoint(folder, load_config(folder / "config.yaml"), checkpoint))
     info = read_info(path)
+    cache = Path(config.output) / ".cache"
     fingerprint = base_fingerprint(config.model, config.seed)
     check_same_run(info, config, fingerprint, str(path))
+    calibration = distributed.main_first(lambda: load_calibration(config, cache))
+    if not calibration and not any(o.startswith("moe.gate_threshold=") for o in overrides):
+        config = calibrated(config, folder, info["step"])
     tokenizer = kept_tokenizer(config, folder)
     extension = extension_of(tokenizer)
     check_extension(info, extension, str(path))
-    cache = Path(config.output) / ".cache"
     texts = distributed.main_first(lambda: load_evaluation(config.data, cache))
     if not texts:
         raise ConfigError(f"{folder}: data.evaluation is empty, there is nothing to measure; add held-out text to it")
@@ -79,6 +86,7 @@ def evaluate_run(run_folder: Path, checkpoint: str | None = None, overrides: lis
         base_tokenizer=load_tokenizer(config.model) if extension else None,
         cache_folder=cache,
         apart=True,
+        calibration=calibration,
     )
     model = build_model(config, rows=kept_rows(path), extension=extension).eval()
     load_module(model, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -98,6 +99,12 @@ class MoeConfig:
             return self.init == "copy"
         sums_to_one = self.renormalise and self.routed_scale == 1.0
         return self.fusion != "add" and sums_to_one and self.width in (None, ffn_width)
+
+    @property
+    def threshold_logit(self) -> float:
+        """The gate's logit at `gate_threshold`: what lies above it is let through."""
+        q = self.gate_threshold
+        return math.log(q / (1 - q)) if q else -math.inf
 
     @property
     def trained_experts(self) -> int:

@@ -407,7 +407,8 @@ def _check_files(stages: list[RunConfig], held_out: bool = False) -> None:
     for config in stages:
         if config.resume == "auto" and _ended(config):
             continue
-        for source in (*config.data.train, *(config.data.evaluation if held_out or config.monitor.enabled else ())):
+        of_monitor = (*config.data.evaluation, *config.data.calibration)
+        for source in (*config.data.train, *(of_monitor if held_out or config.monitor.enabled else ())):
             if source.path:
                 resolve_files(source.path, config.data.root)
         if config.monitor.enabled:

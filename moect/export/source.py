@@ -15,6 +15,7 @@ from moect.export.checkpoint_choice import choose_checkpoint
 from moect.export.proof.live import live_model
 from moect.export.trained import TrainedModel, of_run
 from moect.model.build import base_fingerprint
+from moect.monitor.threshold import calibrated
 from moect.train.checkpoints.reading import read_info
 from moect.train.checkpoints.same_run import check_same_run
 from moect.train.token_rows import check_extension
@@ -61,6 +62,7 @@ def open_run(run_folder: Path, checkpoint: str | None = None, dtype: str | None 
     path = choose_checkpoint(run_folder, config, checkpoint)
     info = read_info(path)
     _check_base(config, info, path)
+    config = calibrated(config, run_folder, info["step"])
     dtype = dtype or config.export.dtype
     tokenizer = kept_tokenizer(config, run_folder)
     extension = extension_of(tokenizer)

@@ -139,7 +139,7 @@ class TokenRows(nn.Module):
         own = self._own
         soft = gate_logit_N is not None and self.training
         hard = gate_logit_N is not None and not self.training
-        open_N = gate_logit_N.sigmoid() > self.config.gate_threshold if hard else None
+        open_N = gate_logit_N > self.config.threshold_logit if hard else None
         if soft:
             q_N1 = gate_logit_N.sigmoid()[:, None].to(base_NV.dtype)
             logits = self._add(base_NV, q_N1 * linear(hidden_ND, self.delta[:own]))

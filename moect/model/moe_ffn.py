@@ -86,7 +86,7 @@ class MoEFFN(nn.Module):
     def _with_open_tokens(self, r_BSD: Tensor, u_BSD: Tensor, f_BSD: Tensor, record: ForwardRecord) -> Tensor:
         """With the hard gate: r + f, and e where it is open. A pass without open tokens costs a block nothing more."""
         if self.language_gate is not None:
-            record.open_T = self._gate_logit(u_BSD.flatten(0, 1), record).sigmoid() > self.config.gate_threshold
+            record.open_T = self._gate_logit(u_BSD.flatten(0, 1), record) > self.config.threshold_logit
             record.open_token = record.open_T.nonzero()[:, 0]  # on a GPU the host waits here, once a pass
         if record.open_token is None:
             raise UnsupportedModelError(

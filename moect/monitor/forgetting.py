@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from moect.distributed import on_main, together
 from moect.errors import ConfigError, DataError, TrainingError
 from moect.model.append import modules_of
 from moect.monitor.measuring.base_results import BaseResults, Measurement, read_base, write_base
+from moect.monitor.measuring.calibration import Calibration, TouchMeter, find_threshold, with_threshold
 from moect.monitor.measuring.exactness import Base, Comparison
 from moect.monitor.measuring.intervals import text_intervals
 from moect.monitor.measuring.measures import gain, retention
@@ -29,7 +31,7 @@ from moect.monitor.measuring.routing import Routing, RoutingMeter
 from moect.monitor.measuring.samples import make_prompts, write_on
 from moect.monitor.measuring.score import Sums, add_up
 from moect.monitor.measuring.windows import TokenisedDocument, tokenise
-from moect.monitor.rows import SAMPLES, TASKS, Row, add_rows, read_rows, replace_rows
+from moect.monitor.rows import GATE, SAMPLES, TASKS, Row, add_rows, read_rows, replace_rows
 from moect.monitor.tasks.tasks import TaskResult, Tasks, task_rows
 
 NOTHING = TokenisedDocument(ids=[], first=0, last=0, n_bytes=0)  # has no windows
@@ -48,6 +50,7 @@ class ForgettingMonitor:
         base_tokenizer: the base's, where tokens were added to it for the run; None: it has the same.
         cache_folder: where the base's results are kept for other runs too; None: with this one only.
         apart: this is no training: what it has measured stays as it is, and new results are added beside it.
+        calibration: old text to find the language gate's threshold on, at each measurement; none: it is what it is.
 
     Attributes:
         documents, base_documents: the tokens of all texts, as model and base read them.
@@ -70,6 +73,7 @@ class ForgettingMonitor:
         base_tokenizer=None,
         cache_folder: Path | None = None,
         apart: bool = False,
+        calibration: Sequence[EvaluationText] = (),
     ):
         self.config, self.texts, self.folder = config, texts, Path(folder)
         self.tokenizer, self.base_tokenizer = tokenizer, base_tokenizer or tokenizer
@@ -86,6 +90,8 @@ class ForgettingMonitor:
         self.base_documents: list[TokenisedDocument] = []
         self.text_of_document: list[int] = []
         self.compared: set[int] = set()
+        self.calibration = [d for text in calibration for d in tokenise(self.tokenizer, text.documents)]
+        self._calibration_languages = [text.lang for text in calibration for _ in text.documents]
         for index, text in enumerate(texts):
             self._add_text(index, text, texts[:index])
         monitor = config.monitor
@@ -144,6 +150,11 @@ class ForgettingMonitor:
         """
         if not self.has_base():
             raise TrainingError(f"{self.folder}: there is nothing to compare with; measure the base first")
+        calibration = self._calibrate(model) if self.calibration else None
+        with with_threshold(model, calibration and calibration.threshold):
+            return self._measure(model, step, base, calibration)
+
+    def _measure(self, model: nn.Module, step: int, base: Base | None, calibration: Calibration | None) -> list[Row]:
         meter = RoutingMeter(model, self.text_of_document) if modules_of(model) else None
         device = next(model.parameters()).device
         comparison = Comparison(base, len(self.documents), self.compared, device) if base and self.compared else None
@@ -159,7 +170,7 @@ class ForgettingMonitor:
             {"step": step} | self._row(index, now, routed, comparison)
             for index, (now, routed) in enumerate(zip(measured, routing, strict=True))
         ]
-        on_main(partial(self._write, step, rows, tasks, samples))
+        on_main(partial(self._write, step, rows, tasks, samples, calibration))
         return rows
 
     def rows(self, step: int) -> list[Row] | None:
@@ -198,6 +209,7 @@ class ForgettingMonitor:
         documents: list[TokenisedDocument],
         meter: RoutingMeter | None = None,
         comparison: Comparison | None = None,
+        touch: TouchMeter | None = None,
     ) -> Sums:
         run = partial(
             add_up,
@@ -207,13 +219,21 @@ class ForgettingMonitor:
             batch_size=self.config.monitor.batch_size,
             rank=self.rank,
             world_size=self.world_size,
-            compared=self.compared,
+            compared=() if touch else self.compared,
+            touch=touch,
         )
         if comparison is None or self.base_tokenizer is self.tokenizer:
             return run(documents, meter=meter, comparison=comparison)
         # logits are compared on the tokens of the base; other tokens have others
         run([d if i in self.compared else NOTHING for i, d in enumerate(self.base_documents)], comparison=comparison)
         return run(documents, meter=meter)
+
+    def _calibrate(self, model: nn.Module) -> Calibration:
+        touch = TouchMeter(len(self.calibration), next(model.parameters()).device)
+        self._together(lambda: self._add_up(model, self.calibration, touch=touch))
+        if self.world_size > 1:
+            touch.reduce()
+        return find_threshold(touch.greatest_G, self._calibration_languages, self.config.gate)
 
     def _write_on(self, model: nn.Module, tokenizer) -> list[str]:
         monitor = self.config.monitor
@@ -263,9 +283,20 @@ class ForgettingMonitor:
             row |= {key: value for key, value in asdict(routed).items() if key != "expert_load" and value is not None}
         return row
 
-    def _write(self, step: int, rows: list[Row], tasks: list[TaskResult], samples: list[str]) -> None:
+    def _write(
+        self,
+        step: int,
+        rows: list[Row],
+        tasks: list[TaskResult],
+        samples: list[str],
+        calibration: Calibration | None,
+    ) -> None:
         """The rows of texts come last: where they are, the step is complete."""
         roles = self.config.data.languages
+        if calibration:
+            gate = self.config.gate
+            promised = {"limit": gate.max_touched_old_documents, "confidence": gate.confidence}
+            replace_rows(self.folder, [{"step": step} | promised | asdict(calibration)], GATE)
         if tasks:
             replace_rows(self.folder, task_rows(step, roles, self.base.tasks, tasks), TASKS)
         written = zip(self.prompts, self.base.samples, samples, strict=True)

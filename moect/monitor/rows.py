@@ -16,7 +16,9 @@
                                                          where the model has a module; see `Routing`
 
 monitor/evaluations.jsonl has the same columns, of what `moect evaluate` measured on other texts or with other settings;
-monitor/tasks.jsonl has one a checkpoint and task, monitor/samples.jsonl one a checkpoint and sample.
+monitor/tasks.jsonl has one a checkpoint and task, monitor/samples.jsonl one a checkpoint and sample, and
+monitor/gate.jsonl one a checkpoint: the threshold that was found for the language gate, `limit` and `confidence` of the
+promise, and `documents` and `touched` ones of data.calibration by language.
 """
 
 from __future__ import annotations
@@ -35,10 +37,12 @@ FILE_NAME = "forgetting.jsonl"
 TASKS = "tasks.jsonl"
 APART = "evaluations.jsonl"  # measured afterwards, on other texts or with other settings
 SAMPLES = "samples.jsonl"
+GATE = "gate.jsonl"  # thresholds of the language gate, one a checkpoint
 KEYS = {
     FILE_NAME: ("step", "lang", "domain"),
     APART: ("step", "lang", "domain", "key"),
     TASKS: ("step", "task", "metric"),
+    GATE: ("step",),
     SAMPLES: ("step", "lang", "domain", "document"),
 }
 

@@ -19,7 +19,7 @@ import moect
 from moect import distributed
 from moect.config import RunConfig, config_to_yaml
 from moect.data.batches.loader import Loader
-from moect.data.reading.evaluation import load_evaluation
+from moect.data.reading.evaluation import load_calibration, load_evaluation
 from moect.data.vocabulary.extended_tokenizer import extension_of
 from moect.data.vocabulary.tokenizer import keep_tokenizer, load_tokenizer, run_tokenizer
 from moect.errors import ForgettingError, Stopped
@@ -94,9 +94,10 @@ class Run:
         self.loader = distributed.main_first(
             lambda: Loader(config, self.tokenizer, cache, rank, world_size, vocab_size)
         )
-        texts = []
+        texts, calibration = [], []
         if config.monitor.enabled:
             texts = distributed.main_first(lambda: load_evaluation(config.data, cache))
+            calibration = distributed.main_first(lambda: load_calibration(config, cache))
         zero3 = deepspeed_config(config.train, world_size) if config.train.zero_stage == 3 else None
         self.folder = config.folder
         files = base_files(config.model)
@@ -131,6 +132,7 @@ class Run:
                     self.fingerprint,
                     base_tokenizer=load_tokenizer(config.model) if self.extension else None,
                     cache_folder=cache,
+                    calibration=calibration,
                 )
             )
         distributed.on_main(lambda: open_folder(config))

@@ -7,9 +7,10 @@ import json
 import logging
 import os
 import uuid
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from moect.config import RunConfig
 from moect.data.reading.files import resolve_files
 from moect.data.reading.hub import dataset_folder, identity
 from moect.data.reading.sources import read_documents
@@ -77,6 +78,18 @@ def load_evaluation(config: DataConfig, cache_folder: Path | None = None) -> lis
         )
         for source in config.evaluation
     ]
+
+
+def load_calibration(config: RunConfig, cache_folder: Path | None = None) -> list[EvaluationText]:
+    """Read the texts of `data.calibration`; none where the run's language gate does not need them.
+
+    Raises:
+        DataError: as `load_evaluation`.
+    """
+    gated = config.method == "moe-ct" and config.moe.language_gate
+    if not gated or config.gate.max_touched_old_documents is None:
+        return []
+    return load_evaluation(replace(config.data, evaluation=config.data.calibration), cache_folder)
 
 
 def is_at_hand(source: EvaluationConfig, config: DataConfig, cache_folder: Path) -> bool:

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from moect.config import RunConfig
-from moect.data.reading.evaluation import load_evaluation
+from moect.data.reading.evaluation import load_calibration, load_evaluation
 from moect.data.tokens.store import TokenStore, build_store
 from moect.data_config import source_key
 from moect.errors import DataError
@@ -38,6 +38,7 @@ def prepare(config: RunConfig, tokenizer, workers: int | None = None) -> dict:
     stores = [build_store(source, config.data, tokenizer, cache, workers) for source in config.data.train]
     if config.monitor.enabled:
         load_evaluation(config.data, cache)
+        load_calibration(config, cache)
     sources = [
         {"source": source_key(source), "lang": source.lang, "fingerprint": store.fingerprint, **_sums([store])}
         for source, store in zip(config.data.train, stores, strict=True)

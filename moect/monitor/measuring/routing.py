@@ -82,8 +82,8 @@ class RoutingMeter:
             if block.frozen_share_T is not None:
                 _sum(self.frozen_GL[:, layer], here_T, block.frozen_share_T)
         if record.gate_logit_T is not None:
-            q_T = record.gate_logit_T.sigmoid()
-            for column, value_T in enumerate((torch.ones_like(q_T), q_T, q_T > self.config.gate_threshold)):
+            q_T, open_T = record.gate_logit_T.sigmoid(), record.gate_logit_T > self.config.threshold_logit
+            for column, value_T in enumerate((torch.ones_like(q_T), q_T, open_T)):
                 _sum(self.gate_G3[:, column], group_T, value_T)
 
     def reduce(self) -> None:

@@ -21,6 +21,7 @@ from moect.model.append import RECORD, is_appended
 from moect.model.embeddings import logits_of
 from moect.model.losses import CHUNK_ELEMENTS
 from moect.model.record import ForwardRecord
+from moect.monitor.measuring.calibration import TouchMeter
 from moect.monitor.measuring.exactness import Base, Comparison
 from moect.monitor.measuring.routing import RoutingMeter
 from moect.monitor.measuring.windows import TokenisedDocument, Window, cut_windows
@@ -96,6 +97,7 @@ def add_up(
     meter: RoutingMeter | None = None,
     compared: Collection[int] = (),
     comparison: Comparison | None = None,
+    touch: TouchMeter | None = None,
 ) -> Sums:
     """Score this rank's share of the documents. No rank waits for another, but where the model's own parts do (ZeRO-3).
 
@@ -113,6 +115,7 @@ def add_up(
         compared: indices of the documents to compare with the base; they are taken first, so that the others cost one
             pass only. Base and model must be scored with the same, to be scored in the same batches.
         comparison: told the logits of model and base; None: nothing is compared now.
+        touch: told what each forward pass recorded, of all tokens that the window holds; only with a language gate.
 
     Raises:
         DataError: a token that the model's vocabulary does not have.
@@ -148,6 +151,8 @@ def add_up(
             sums.wrong_G.index_add_(0, batch.document_N, (~right_N & batch.in_answer_N).double())
             if meter:
                 meter.add(record, batch.document_T)
+            if touch:
+                touch.add(record, batch.text_T)
     return sums
 
 
@@ -164,17 +169,19 @@ def evaluation_mode(model: nn.Module):
 
 
 class _Batch:
-    """Windows, padded on the right to equal length. `document_T` is -1 where a position predicts nothing new."""
+    """Windows, padded on the right to equal length. `document_T` is -1 where a position predicts nothing new, `text_T`
+    only at padding."""
 
     def __init__(self, documents: list[TokenisedDocument], windows: list[Window], device: torch.device):
         shape_BS = (len(windows), len(max(windows, key=len)))
         ids_BS, mask_BS, target_BS = torch.zeros(3, *shape_BS, dtype=torch.int64)
-        document_BS = torch.full(shape_BS, -1)
+        document_BS, text_BS = torch.full(shape_BS, -1), torch.full(shape_BS, -1)
         counts_BS, in_answer_BS = torch.zeros(2, *shape_BS, dtype=torch.bool)
         for b, w in enumerate(windows):
             document = documents[w.document]
             ids_BS[b, : len(w)] = torch.tensor(document.ids[w.start : w.end])
             mask_BS[b, : len(w)] = 1
+            text_BS[b, : len(w)] = w.document
             target_BS[b, : len(w)] = torch.tensor(document.ids[w.start + 1 : w.end + 1])
             document_BS[b, w.first - 1 - w.start : len(w)] = w.document
             position_S = torch.arange(w.start + 1, w.start + 1 + shape_BS[1])  # of the predicted token in its document
@@ -183,7 +190,7 @@ class _Batch:
                 in_answer_BS[b] = position_S >= document.answer
         predicts_BS = document_BS >= 0
         self.ids_BS, self.mask_BS, self.predicts_BS = ids_BS.to(device), mask_BS.to(device), predicts_BS.to(device)
-        self.document_T = document_BS.flatten().to(device)
+        self.document_T, self.text_T = document_BS.flatten().to(device), text_BS.flatten().to(device)
         self.document_N = document_BS[predicts_BS].to(device)
         self.target_N = target_BS[predicts_BS].to(device)
         self.counts_N = counts_BS[predicts_BS].to(device)

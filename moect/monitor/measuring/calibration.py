@@ -1,0 +1,124 @@
+"""The language gate's threshold, from held-out old text: so high that a promised share of documents is not touched.
+
+A document is touched if one of its tokens passes. Its greatest gate logit says from which threshold on it is not, so
+one pass over the text gives the share of touched documents at every threshold.
+
+The share found is that of these documents. For others of the kind to keep the promise too, it has to be smaller: of n
+documents at most k may be touched, k being the greatest number with P(X <= k) <= 1 - confidence where X is binomial,
+n draws at the promised rate. (So `limit` is at least the upper end of the one-sided interval of Clopper and Pearson,
+1934.)
+
+G documents, T positions of a pass
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moect.errors import DataError
+from moect.gate_config import GateConfig, fewest_documents
+from moect.model.record import ForwardRecord
+
+MARGIN = 1e-3  # above the greatest logit that has to stay closed: kernels and batches differ in the last bits
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A threshold, and what it does to the text that it was found on.
+
+    Attributes:
+        threshold: in place of `moe.gate_threshold`.
+        documents, touched: by language.
+    """
+
+    threshold: float
+    documents: dict[str, int]
+    touched: dict[str, int]
+
+
+class TouchMeter:
+    """The greatest gate logit of each document.
+
+    Args:
+        documents: G, how many there are.
+        device: of the model.
+    """
+
+    def __init__(self, documents: int, device: torch.device):
+        self.greatest_G = torch.full((documents,), -math.inf, device=device)
+
+    def add(self, record: ForwardRecord, document_T: Tensor) -> None:
+        """Look at one forward pass; document_T is -1 where a position is not of a text."""
+        of_text_T = document_T >= 0
+        self.greatest_G.scatter_reduce_(0, document_T[of_text_T], record.gate_logit_T[of_text_T], "amax")
+
+    def reduce(self) -> None:
+        """Take the greatest over the ranks. Call it once, on every rank."""
+        dist.all_reduce(self.greatest_G, op=dist.ReduceOp.MAX)
+
+
+def find_threshold(greatest_G: Tensor, languages: list[str], gate: GateConfig) -> Calibration:
+    """The lowest threshold that keeps the promise for each language.
+
+    Args:
+        greatest_G: the greatest gate logit of each document.
+        languages: of each document.
+        gate: what is promised.
+
+    Raises:
+        DataError: too few documents of a language to conclude anything from.
+    """
+    limit, values = gate.max_touched_old_documents, {}
+    for language, value in zip(languages, greatest_G.tolist(), strict=True):
+        values.setdefault(language, []).append(value)
+    logit = -math.inf
+    for language, of_language in values.items():
+        k = allowed(len(of_language), limit, gate.confidence)
+        if k is None:
+            raise DataError(
+                f"data.calibration has {len(of_language)} documents of {language!r}: that no more than {limit:.3g} of "
+                f"them are touched needs {fewest_documents(limit, gate.confidence)} at least; give more, or raise "
+                "gate.max_touched_old_documents"
+            )
+        logit = max(logit, sorted(of_language, reverse=True)[k])
+    logit += MARGIN
+    touched = {language: sum(v > logit for v in of_language) for language, of_language in values.items()}
+    return Calibration(_sigmoid(logit), {k: len(v) for k, v in values.items()}, touched)
+
+
+def allowed(documents: int, limit: float, confidence: float) -> int | None:
+    """How many of so many documents may be touched; None: even none touched would prove too little."""
+    below, k = 0.0, 0
+    while k < documents:
+        log_p = math.lgamma(documents + 1) - math.lgamma(k + 1) - math.lgamma(documents - k + 1)
+        below += math.exp(log_p + k * math.log(limit) + (documents - k) * math.log1p(-limit))
+        if below > 1 - confidence:
+            break
+        k += 1
+    return k - 1 if k else None
+
+
+@contextmanager
+def with_threshold(model: nn.Module, threshold: float | None) -> Iterator[None]:
+    """Inside, the model's gate has this threshold; None: its own. The run's configuration does not change."""
+    if threshold is None:
+        yield
+        return
+    config = model.moe_config
+    before, config.gate_threshold = config.gate_threshold, threshold
+    try:
+        yield
+    finally:
+        config.gate_threshold = before
+
+
+def _sigmoid(logit: float) -> float:
+    q = 1 / (1 + math.exp(-logit)) if logit > -700 else 0.0
+    return min(q, 1 - 2**-53)
