@@ -24,6 +24,11 @@ from moect.moe_config import MoeConfig, option
 from moect.monitor_config import MonitorConfig, check_monitor
 
 STRICT = {"extra": "forbid"}  # unknown keys are errors
+NAMED = {  # methods that are a module of a certain form
+    "language-gate": {"fusion": "add", "language_gate": True},
+    "native": {"fusion": "add", "router": "sigmoid"},
+    "moe-lpr": {"fusion": "routed"},
+}
 
 
 @dataclass
@@ -71,6 +76,13 @@ class LossConfig:
     __pydantic_config__ = STRICT
     balance: float = option(0.01, "weight of the balance loss (`moe.balance: loss`)")
     bias_rate: float = option(0.001, "step of the selection bias (`moe.balance: bias`)")
+    balance_over: Literal["all", "trained"] = option(
+        "all", "with `fusion: routed`: balance all experts, or those only that train, which leaves the frozen one alone"
+    )
+    language_prior: float = option(
+        0.0,
+        "with `fusion: routed`: weight of the cross-entropy of the routing toward the frozen FFN on old-language text",
+    )
     z: float = option(0.0, "weight of the router z-loss")
     gate: float = option(1.0, "weight of the language gate's cross-entropy (`moe.language_gate: true`)")
 
@@ -80,6 +92,11 @@ class TrainConfig:
     """The optimisation, and how DeepSpeed runs it."""
 
     __pydantic_config__ = STRICT
+    parts: Literal["all"] | list[Literal["experts", "router", "fusion", "gate", "rows"]] = option(
+        "all",
+        "what trains of what was appended (`method: moe-ct`): all of it, or some of experts, router, fusion, gate and "
+        "rows; the others stay as `model.start` has them",
+    )
     steps: int = option(1000, "optimizer steps")
     batch_size: int = option(64, "rows a step, over all ranks and accumulation steps")
     micro_batch: int = option(8, "rows a rank takes at once")
@@ -127,7 +144,9 @@ class RunConfig:
     output: str = option("runs", "folder of all runs")
     seed: int = option(0, "seed of initialisation, data order and everything random")
     method: Literal["moe-ct", "full", "lora"] = option(
-        "moe-ct", "what trains: an appended module (`moe-ct`), everything (`full`), or low-rank updates (`lora`)"
+        "moe-ct",
+        "what trains: an appended module (`moe-ct`), everything (`full`), or low-rank updates (`lora`); "
+        "`language-gate`, `native` and `moe-lpr` are `moe-ct` with values of `moe` that make it that method",
     )
     resume: Literal["never", "auto"] = option(
         "never", "`auto`: go on from the run's last good checkpoint, if it has one"
@@ -196,6 +215,10 @@ def config_from_dict(values: dict, where: str = "config") -> RunConfig:
     from pydantic import TypeAdapter, ValidationError
 
     try:
+        values = _spelled_out(values)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    try:
         config = TypeAdapter(RunConfig).validate_python(values)
     except ValidationError as error:
         raise ConfigError(f"{where}: {_in_a_line(_explain(error))}") from error
@@ -206,6 +229,20 @@ def config_from_dict(values: dict, where: str = "config") -> RunConfig:
     if "root" not in (values.get("data") or {}):
         config.data.root = os.environ.get("MOECT_DATA", config.data.root)
     return config
+
+
+def _spelled_out(values: dict) -> dict:
+    """A named method as `moe-ct` and what the name stands for."""
+    method, moe = values.get("method"), values.get("moe") or {}
+    if not isinstance(method, str) or method not in NAMED or not isinstance(moe, dict):
+        return values
+    for key, value in NAMED[method].items():
+        if moe.get(key, value) != value:
+            raise ValueError(
+                f"`method: {method}` has moe.{key}: {value}, and the configuration says {moe[key]!r}; remove one of "
+                "the two, or use `method: moe-ct`"
+            )
+    return {**values, "method": "moe-ct", "moe": {**moe, **NAMED[method]}}
 
 
 def unused_keys(config: RunConfig) -> list[str]:
@@ -358,6 +395,8 @@ def _check(config: RunConfig) -> None:
             "`model.train_embeddings` is for `method: moe-ct`; `full` trains them all, and `lora` names modules in "
             "`lora.targets`"
         )
+    if train.parts != "all":
+        _check_parts(config)
     if not 0 <= config.seed < 2**31:
         raise ValueError(f"`seed` is {config.seed}: it must lie between 0 and {2**31 - 1}")
     for section in ("moe", "lora", "loss", "data", "train", "gate", "health"):
@@ -365,7 +404,7 @@ def _check(config: RunConfig) -> None:
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"`{section}.{name}` is {value}: it must be a finite number")
     for name, value in vars(config.loss).items():
-        if value < 0:
+        if isinstance(value, float) and value < 0:
             raise ValueError(f"`loss.{name}` is {value}: it cannot be negative")
     if config.lora.alpha <= 0:
         raise ValueError(f"`lora.alpha` is {config.lora.alpha}: it must be positive")
@@ -408,7 +447,41 @@ def _check(config: RunConfig) -> None:
     check_gate(config.gate, config.moe if config.method == "moe-ct" else None, data)
     check_health(config.health)
     roles = {data.languages[source.lang] for source in data.train}
+    if config.method == "moe-ct":
+        _check_routed(config, roles)
     if config.method == "moe-ct" and config.moe.language_gate and roles != {"old", "new"}:
         raise ValueError("`moe.language_gate` learns from both roles: `data.train` needs old and new languages")
     if config.method == "moe-ct" and config.moe.language_gate and data.replay == 0:
         raise ValueError("`moe.language_gate` learns from replayed text: set `data.replay` above 0")
+
+
+def _check_parts(config: RunConfig) -> None:
+    parts = config.train.parts
+    if not parts:
+        raise ValueError("`train.parts` is empty: nothing would train; name some of what was appended, or use `all`")
+    if config.method != "moe-ct":
+        raise ValueError(f"`train.parts` is for `method: moe-ct`, and this is `{config.method}`")
+    if "experts" not in parts and "rows" not in parts and "gate" not in parts and not config.model.start:
+        raise ValueError(
+            f"`train.parts: [{', '.join(parts)}]` would train beside experts that never learned anything: give the run "
+            "that trained them as `model.start`, or add `experts`"
+        )
+
+
+def _check_routed(config: RunConfig, roles: set[str]) -> None:
+    loss = config.loss
+    if loss.balance_over == "trained" and config.moe.trained_experts < 2:
+        raise ValueError("`loss.balance_over: trained` has nothing to balance: `moe.experts` has to be 3 at least")
+    if loss.language_prior and ("old" not in roles or config.data.replay == 0):
+        raise ValueError(
+            "`loss.language_prior` is about tokens of old languages, and none is read: give such text in `data.train` "
+            "and a `data.replay` above 0"
+        )
+    if config.moe.fusion == "routed":
+        return
+    for name, idle in (("language_prior", 0), ("balance_over", "all")):
+        if getattr(loss, name) != idle:
+            raise ValueError(
+                f"`loss.{name}` needs the frozen FFN among the experts, `moe.fusion: routed`, and it is "
+                f"`{config.moe.fusion}`"
+            )

@@ -147,8 +147,8 @@ def test_every_key_of_a_written_out_configuration_has_a_line_with_its_help():
     for name, value in config.items():
         nested = isinstance(value, dict)
         wanted |= {f"{name}.{key}" for key in value} if nested else {name}
-    for name in ("train", "evaluation"):
-        wanted |= {f"data.{name}[].{key}" for key in config["data"][name][0]}
+    for name, like in (("train", "train"), ("evaluation", "evaluation"), ("calibration", "evaluation")):
+        wanted |= {f"data.{name}[].{key}" for key in config["data"][like][0]}
         wanted |= {f"data.{name}[].filter.FIELD.{f.name}" for f in dataclasses.fields(FilterConfig)}
     wanted |= {f"monitor.tasks[].{f.name}" for f in dataclasses.fields(TaskConfig)}
     assert {key for key, _ in lines} == wanted and len(lines) == len(wanted) > 60

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -25,6 +25,15 @@ from moect.model.record import RECORD, ForwardRecord
 from moect.moe_config import MoeConfig
 
 log = logging.getLogger("moect.model")
+
+# what an extended model has of its own, by what its parameters' names contain
+PARTS = {
+    "experts": ".moe.experts.",
+    "router": ".moe.router.",
+    "fusion": ".moe.fusion.",
+    "gate": ".moe.language_gate.",
+    "rows": ".rows.",
+}
 
 
 class AppendedBlock:
@@ -166,6 +175,33 @@ def is_appended_tensor(name: str) -> bool:
 def module_state(model: nn.Module) -> dict[str, Tensor]:
     """Tensors of what was appended, parameters and buffers, by their names in the model."""
     return {name: tensor for name, tensor in model.state_dict().items() if is_appended_tensor(name)}
+
+
+def train_parts(model: nn.Module, parts: Collection[str]) -> None:
+    """Let only some parts of what was appended train, and hold the others as they are.
+
+    Args:
+        model: an extended model, rows included.
+        parts: keys of PARTS.
+
+    Raises:
+        ConfigError: the model has nothing of a part.
+    """
+    trains = {name: p for name, p in model.named_parameters() if p.requires_grad and is_appended_tensor(name)}
+    found = {part: [n for n in trains if PARTS[part] in n] for part in parts}
+    if absent := [part for part, names in found.items() if not names]:
+        there = ", ".join(part for part, text in PARTS.items() if any(text in n for n in trains))
+        raise ConfigError(f"train.parts names `{absent[0]}`, and nothing of that was appended; there are {there}")
+    chosen = {n for names in found.values() for n in names}
+    for name, parameter in trains.items():
+        if name not in chosen:
+            parameter.requires_grad_(False)
+            parameter.moect_held = True
+
+
+def held_parameters(model: nn.Module):
+    """(name, parameter) of what was appended and `train_parts` holds as it is."""
+    yield from ((n, p) for n, p in model.named_parameters() if getattr(p, "moect_held", False))
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import nn
 
 from moect.config import ModelConfig, RunConfig
 from moect.errors import ConfigError, UnsupportedModelError
-from moect.model.append import append_moe, base_only, modules_of
+from moect.model.append import append_moe, base_only, modules_of, train_parts
 from moect.model.embeddings import append_rows, rows_of
 from moect.model.families import check_config
 from moect.model.partition import divide, dividing, loading_divided
@@ -132,7 +132,10 @@ def build_model(
     if config.method == "lora":
         return _add_lora(model, config)
     append_moe(model, config.moe, config.seed, within=dividing if zero3 else None)
-    return _add_rows(model, config.model, rows, extension, dividing if zero3 else None)
+    _add_rows(model, config.model, rows, extension, dividing if zero3 else None)
+    if config.train.parts != "all":
+        train_parts(model, config.train.parts)
+    return model
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:

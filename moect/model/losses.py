@@ -56,28 +56,49 @@ def expert_counts(record: ForwardRecord, num_experts: int, valid_T: Tensor) -> T
     return torch.stack(counts_LE)
 
 
-def score_sums(record: ForwardRecord, router: str, valid_T: Tensor) -> Tensor:
-    """Sum over valid tokens of each expert's score, normalised to sum 1 per token, (L, E) fp32, with gradient."""
+def score_sums(record: ForwardRecord, router: str, valid_T: Tensor, first: int = 0) -> Tensor:
+    """Sum over valid tokens of each expert's score, normalised to sum 1 per token, (L, E) fp32, with gradient.
+
+    Args:
+        record: of a pass.
+        router: `softmax` or `sigmoid`.
+        valid_T: bool.
+        first: the experts before this one are left out, as if they were not there; their sums are 0.
+    """
     sums_LE = []
     for index in sorted(record.blocks):
-        logits_TE = record.blocks[index].logits_TE[valid_T]
+        logits_TE = record.blocks[index].logits_TE[valid_T, first:]
         if router == "softmax":
             scores_TE = logits_TE.softmax(-1)
         else:
             scores_TE = logits_TE.sigmoid()
             scores_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
-        sums_LE.append(scores_TE.sum(0))
+        sums_LE.append(nn.functional.pad(scores_TE.sum(0), (first, 0)))
     return torch.stack(sums_LE)
 
 
-def balance_loss(load_LE: Tensor, mean_scores_LE: Tensor) -> Tensor:
+def balance_loss(load_LE: Tensor, mean_scores_LE: Tensor, first: int = 0) -> Tensor:
     """E · Σ_e f_e P_e, mean over blocks (MoE-LPR, arXiv 2408.11396; the Switch loss with Σ f_e = 1): 1 when balanced.
 
     Args:
-        load_LE: f, share of assignments of each expert; rows sum to 1; without gradient.
+        load_LE: f, share of assignments of each expert; without gradient.
         mean_scores_LE: P, mean score of each expert over tokens; the gradient flows through it.
+        first: the experts before this one are left out; E and f are those of the others.
     """
-    return load_LE.shape[1] * (load_LE * mean_scores_LE).sum(1).mean()
+    load_LE = load_LE[:, first:] / load_LE[:, first:].sum(1, keepdim=True).clamp_min(1e-9)
+    return load_LE.shape[1] * (load_LE * mean_scores_LE[:, first:]).sum(1).mean()
+
+
+def language_prior_sum(record: ForwardRecord, role_T: Tensor) -> Tensor:
+    """Sum over old tokens of -log of the frozen FFN's share in the routing, mean over blocks (MoE-LPR, arXiv
+    2408.11396: the cross-entropy of the softmax over all experts toward expert 0; once, not twice). 0 without old ones.
+
+    Args:
+        record: of a pass of a model with `fusion: routed`.
+        role_T: int8, 0 old, 1 new, -1 neither (padding).
+    """
+    sums_L = [-block.logits_TE[role_T == 0].log_softmax(-1)[:, 0].sum() for block in record.blocks.values()]
+    return torch.stack(sums_L).mean()
 
 
 def z_sum(record: ForwardRecord, valid_T: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from moect.model.build import DTYPES, base_files, base_fingerprint, build_model,
 from moect.monitor.forgetting import ForgettingMonitor
 from moect.monitor.measuring.cost import token_lengths
 from moect.plan import make_plan, render
-from moect.train import base_proof
+from moect.train import base_proof, state
 from moect.train.budget import act
 from moect.train.checkpoints import reading
 from moect.train.checkpoints.restore import begin_from, find_origin, finish_save, go_back
@@ -291,7 +291,7 @@ class Run:
         for key, value in {**values, "tokens_per_second": speed["tokens_per_second"], "mfu": speed["mfu"]}.items():
             if isinstance(value, float):
                 self.writer.add_scalar(f"train/{key}", value, self.step)
-        extra = "".join(f"  {k} {values[k]:.3f}" for k in ("balance", "gate") if k in values)
+        extra = "".join(f"  {k} {values[k]:.3f}" for k in ("balance", "language_prior", "gate") if k in values)
         width = len(str(self.config.train.steps))
         self._say(
             f"step {self.step:>{width}}/{self.config.train.steps}  loss {values['loss']:.4f}{extra}  "
@@ -308,9 +308,9 @@ class Run:
         self.watchdog.beat(f"the checkpoint of step {self.step}")
         self._check_ranks()  # nothing is made of weights that differ
         peak = greatest_peak_memory(self.engine.device)
-        buffers = {name: b.detach().cpu().clone() for name, b in reading.module_buffers(self.objective.model)}
+        carried = state.carried(self.objective.model)
         load_LE = self.objective.load_LE.to("cpu", copy=True)
-        extra = {"module": buffers, "trainer": {"load_LE": load_LE, **self.steps.judge.tensors()}}
+        extra = {"module": carried, "trainer": {"load_LE": load_LE, **self.steps.judge.tensors()}}
         info = {
             "moect": moect.__version__,
             "base_fingerprint": self.fingerprint,

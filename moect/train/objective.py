@@ -21,7 +21,15 @@ from torch import Tensor, nn
 from moect.config import RunConfig
 from moect.model.append import RECORD, modules_of
 from moect.model.embeddings import logits_of
-from moect.model.losses import balance_loss, cross_entropy_sum, expert_counts, gate_sums, score_sums, z_sum
+from moect.model.losses import (
+    balance_loss,
+    cross_entropy_sum,
+    expert_counts,
+    gate_sums,
+    language_prior_sum,
+    score_sums,
+    z_sum,
+)
 from moect.model.record import ForwardRecord
 
 
@@ -53,6 +61,7 @@ class Objective(nn.Module):
         moe = config.moe
         self.load_LE = torch.full((len(self.modules_L), moe.experts), 1 / moe.experts, dtype=torch.float64)
         self.sums: dict[str, Tensor] = {}
+        self.first_balanced = int(config.loss.balance_over == "trained")  # expert 0 is the frozen FFN
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, role: Tensor, counts: StepCounts, scale: float
@@ -94,9 +103,14 @@ class Objective(nn.Module):
                 self._add("frozen_share", torch.stack(shares).mean())
         loss = torch.zeros((), device=role_T.device)
         if moe.balance == "loss" and weights.balance:
-            sums_LE = score_sums(record, moe.router, valid_T)
+            sums_LE = score_sums(record, moe.router, valid_T, self.first_balanced)
             self._add("scores", sums_LE)
-            loss = loss + weights.balance * balance_loss(self.load_LE.to(sums_LE), sums_LE / counts.valid)
+            balance = balance_loss(self.load_LE.to(sums_LE), sums_LE / counts.valid, self.first_balanced)
+            loss = loss + weights.balance * balance
+        if weights.language_prior:
+            prior = language_prior_sum(record, role_T)
+            self._add("prior", prior)
+            loss = loss + weights.language_prior * prior / _some(counts.old)
         if weights.z:
             z = z_sum(record, valid_T)
             self._add("z", z)

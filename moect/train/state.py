@@ -11,12 +11,14 @@ Per trainable parameter three fp32 tensors of its full shape: the master weight 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from moect.model.partition import full_shape
+from moect.train.checkpoints.reading import carried_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -55,6 +57,34 @@ def gather(engine, keep: Callable[[str], bool]) -> tuple[dict[str, Tensor], dict
                 else:
                     moments[f"{key}.{name}"] = copied
     return masters, moments
+
+
+@torch.no_grad()
+def carried(model: nn.Module) -> dict[str, Tensor]:
+    """Copies on the CPU, in fp32 where they are of floats, of what a checkpoint holds and no optimizer moves."""
+    copies = {}
+    for name, tensor in carried_tensors(model):
+        with _whole(tensor):
+            copied = tensor.detach().to("cpu", copy=True)
+            copies[name] = copied.float() if copied.is_floating_point() else copied
+    return copies
+
+
+@torch.no_grad()
+def put_carried(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `carried` took."""
+    for name, tensor in carried_tensors(model):
+        with _whole(tensor, writing=True):
+            tensor.copy_(tensors[name])
+
+
+def _whole(tensor: Tensor, writing: bool = False):
+    """A context in which a tensor that ZeRO 3 has divided is there; every rank enters it."""
+    if not hasattr(tensor, "ds_id"):
+        return nullcontext()
+    from deepspeed import zero
+
+    return zero.GatheredParameters([tensor], modifier_rank=0 if writing else None)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from moect.config import RunConfig
 from moect.data.batches.loader import Loader, MicroBatch
+from moect.model.losses import balance_loss
 from moect.train import state
 from moect.train.engine import clips_itself
 from moect.train.health.judge import Judge
@@ -97,7 +98,9 @@ class Steps:
             values["greatest_load"] = load_LE.max().item() * load_LE.shape[1]
         if "scores" in sums:
             scores_LE = sums["scores"] / counts.valid
-            values["balance"] = (scores_LE.shape[1] * (load_LE * scores_LE).sum(1)).mean().item()
+            values["balance"] = balance_loss(load_LE, scores_LE, self.objective.first_balanced).item()
+        if "prior" in sums:
+            values["language_prior"] = sums["prior"].item() / max(counts.old, 1)
         if "z" in sums:
             values["z"] = sums["z"].item() / counts.valid
         if "gate_old" in sums:
@@ -122,8 +125,10 @@ class Steps:
         counts_LE = self.sums["expert_counts"]
         objective.load_LE = counts_LE / counts_LE.sum(1, keepdim=True).clamp_min(1)
         if self.config.moe.balance == "bias":
+            first = objective.first_balanced
             for moe, counts_E in zip(objective.modules_L, counts_LE, strict=True):
-                step_E = torch.sign(counts_E.mean() - counts_E) * self.config.loss.bias_rate
+                step_E = torch.sign(counts_E[first:].mean() - counts_E) * self.config.loss.bias_rate
+                step_E[:first] = 0
                 moe.router.selection_bias += step_E.to(moe.router.selection_bias)
 
     def _judge(self) -> bool:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moect.errors import CheckpointError
-from moect.model.append import is_appended_tensor
+from moect.model.append import held_parameters, is_appended_tensor
 
 FORMAT = 2
 READS = (1, FORMAT)  # 1: one file of each kind, as one rank writes them
@@ -248,14 +248,16 @@ def check_shapes(there: dict[str, torch.Size], shapes: dict[str, torch.Size], pa
 
 
 def trained_tensors(model: torch.nn.Module):
-    """(name, tensor) of every parameter that trains and of every buffer that was appended."""
+    """(name, tensor) of every parameter that trains, and of what comes with them."""
     yield from ((n, p) for n, p in model.named_parameters() if p.requires_grad)
-    yield from module_buffers(model)
+    yield from carried_tensors(model)
 
 
-def module_buffers(model: torch.nn.Module):
-    """(name, tensor) of every buffer that was appended: of modules, and the tokens whose rows train."""
+def carried_tensors(model: torch.nn.Module):
+    """(name, tensor) of what no optimizer moves and a checkpoint has to hold all the same: buffers that were appended,
+    of modules and the tokens whose rows train, and appended parts that `train.parts` leaves as they are."""
     yield from ((n, b) for n, b in model.named_buffers() if is_appended_tensor(n))
+    yield from held_parameters(model)
 
 
 def values_digest(values) -> str:

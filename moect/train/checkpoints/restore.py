@@ -114,7 +114,7 @@ def finish_save(config: RunConfig, step: int) -> None:
 
 def begin_from(path: Path, steps: Steps) -> None:
     """Take what trains, and nothing else, from another run's checkpoint."""
-    ids = dict(reading.module_buffers(steps.objective.model)).get(IDS)
+    ids = dict(reading.carried_tensors(steps.objective.model)).get(IDS)
     tensors = widen_rows(reading.read_module(path), ids)
     trains = [name for name, _ in state.trainable_parameters(steps.engine) if name in tensors]
     moments = {f"{m}.{name}": torch.zeros_like(tensors[name]) for name in trains for m in state.MOMENTS}
@@ -169,11 +169,10 @@ def _begin_with(path: Path, config: RunConfig, fingerprint: str, extension: Exte
 def _put(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], taken: int, path: Path, steps: Steps) -> None:
     """Put masters, moments and buffers into engine and model, as after `taken` optimizer steps."""
     engine, objective = steps.engine, steps.objective
-    buffers = dict(reading.module_buffers(objective.model))
+    carried = {name: full_shape(t) for name, t in reading.carried_tensors(objective.model)}
     wanted = {name: full_shape(p) for name, p in state.trainable_parameters(engine)}
     wanted |= {f"{m}.{name}": shape for name, shape in wanted.items() for m in state.MOMENTS}
-    wanted |= {name: buffer.shape for name, buffer in buffers.items()}
+    wanted |= carried
     reading.check_shapes(shapes, wanted, path)
     state.scatter(engine, tensors, taken)
-    for name, buffer in buffers.items():
-        buffer.copy_(tensors[name])
+    state.put_carried(objective.model, tensors)

@@ -23,6 +23,7 @@ FIXED = (
     "data.sequence_length",
     "data.packing",
     "train.batch_size",
+    "train.parts",
 )
 # what may change: how fast, where, how often
 FREE = (

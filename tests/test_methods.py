@@ -1,0 +1,168 @@
+"""Methods as one key, and what a stage trains of them: against formulas, and by what moves."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_runs import REPOSITORY, assert_same_bits, launch
+
+from moect.config import NAMED, config_from_dict
+from moect.errors import ConfigError
+from moect.export.run import ExportOptions, export_run
+from moect.model import ForwardRecord, losses
+from moect.model.append import PARTS
+from moect.model.record import BlockRecord
+from moect.monitor.rows import read_rows
+from moect.stages import load_stages, run_stages
+from moect.train.loop import train
+
+ROUTED = {"fusion": "routed", "experts": 4}
+
+
+def module(folder, step=6):
+    return load_file(folder / f"checkpoints/step-{step}/module.safetensors")
+
+
+@pytest.mark.parametrize("method", NAMED)
+def test_a_named_method_is_the_module_that_it_stands_for(place, method):
+    values = place.values(method=method)
+    values["moe"] = {"experts": 3}
+    config = config_from_dict(values)
+    assert config.method == "moe-ct" and config.moe.experts == 3
+    assert {key: getattr(config.moe, key) for key in NAMED[method]} == NAMED[method]
+    values["moe"] = {"fusion": "discrete"}
+    with pytest.raises(ConfigError, match=f"`method: {method}` has moe.fusion: .*says 'discrete'"):
+        config_from_dict(values)
+
+
+def test_language_prior_is_the_cross_entropy_toward_the_frozen_ffn_on_old_tokens():
+    torch.manual_seed(0)
+    logits = [torch.randn(30, 4, requires_grad=True) for _ in range(2)]
+    record = ForwardRecord(blocks={i: BlockRecord(x.topk(2).indices, x) for i, x in enumerate(logits)})
+    role = torch.tensor([0, 1, -1] * 10, dtype=torch.int8)
+    got = losses.language_prior_sum(record, role)
+    target = torch.zeros(10, dtype=torch.int64)
+    expected = sum(torch.nn.functional.cross_entropy(x[role == 0], target, reduction="sum") for x in logits) / 2
+    assert torch.allclose(got, expected, rtol=1e-6)
+    got.backward()
+    assert (logits[0].grad[role != 0] == 0).all() and (logits[0].grad[role == 0][:, 0] < 0).all()
+    assert losses.language_prior_sum(record, torch.ones_like(role)).item() == 0  # and not NaN
+
+
+def test_balance_over_trained_experts_does_not_see_the_frozen_one():
+    torch.manual_seed(0)
+    logits_TE = torch.randn(50, 4, requires_grad=True)
+    record = ForwardRecord(blocks={0: BlockRecord(logits_TE.topk(2).indices, logits_TE)})
+    valid = torch.ones(50, dtype=torch.bool)
+    load = losses.expert_counts(record, 4, valid)
+    loss = losses.balance_loss(
+        (load / load.sum()).float(), losses.score_sums(record, "softmax", valid, first=1) / 50, first=1
+    )
+    f = load[0, 1:] / load[0, 1:].sum()
+    p = logits_TE[:, 1:].double().softmax(-1).mean(0)
+    assert loss.item() == pytest.approx(3 * (f * p).sum().item(), rel=1e-5)
+    loss.backward()
+    assert (logits_TE.grad[:, 0] == 0).all() and logits_TE.grad[:, 1:].abs().max() > 0
+
+
+def test_the_review_moves_the_router_alone_and_brings_old_tokens_to_the_frozen_ffn(place):
+    first = train(place.config("learn", moe=ROUTED))
+    review = {
+        "model": {"start": str(first)},
+        "data": {"replay": 0.5},
+        "train": {"parts": ["router"], "lr": 3e-2},
+        "loss": {"language_prior": 1.0, "balance": 0.0},
+    }
+    second = train(place.config("review", moe=ROUTED, **review))
+    before, after = module(first), module(second)
+    assert before.keys() == after.keys()
+    for name in before:
+        assert torch.equal(before[name], after[name]) == (".router." not in name), name
+    lines = [json.loads(line) for line in (second / "log.jsonl").read_text().splitlines()]
+    prior = [line["language_prior"] for line in lines if "language_prior" in line]
+    assert prior[-1] < 0.9 * prior[0]
+    plan = next(line["plan"] for line in lines if line.get("event") == "start")
+    assert plan["parameters"]["trainable"] == sum(after[n].numel() for n in after if ".router." in n)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_exactly_the_named_part_trains(place, part):
+    moe = {"experts": 3} | ({} if part == "fusion" else {"fusion": "add", "language_gate": True})
+    model = {"train_embeddings": "all"}
+    first = train(place.config("learn", moe=moe, model=model))
+    changed = {"model": {**model, "start": str(first)}, "train": {"parts": [part]}}
+    second = train(place.config("second", moe=moe, **changed))
+    before, after = module(first), module(second)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and moved == {name for name in before if PARTS[part] in name and not name.endswith(".ids")}
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "ranks"),
+    [(3, "bf16", 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0, "fp32", 0), (2, "bf16", 0)))],
+)
+def test_a_stage_of_one_part_resumes_to_the_bit_and_is_exported_whole(place, stage, precision, ranks, tmp_path):
+    """With ZeRO-3 what is held is divided among the ranks, as the base is."""
+    settings = {"zero_stage": stage, "precision": precision, "batch_size": 4, "micro_batch": 2}
+
+    def run(name, *overrides, **sections):
+        launch(place.write(place.config(name, moe=ROUTED, **sections)), ranks, *overrides)
+        return place.output / name
+
+    learned = run("learn", train=settings)
+    review = {
+        "model": {"start": str(learned)},
+        "data": {"replay": 0.5},
+        "loss": {"language_prior": 0.5},
+        "train": {**settings, "parts": ["router"]},
+    }
+    whole = run("whole", **review)
+    resumed = run("resumed", "train.stop_after=3", **review)
+    run("resumed", "resume=auto", **review)
+    assert_same_bits(whole, resumed, 6)
+    held, now = module(learned), module(resumed)
+    cast = (lambda t: t.bfloat16().float()) if precision == "bf16" else (lambda t: t)
+    assert held.keys() == now.keys()
+    assert all(torch.equal(cast(held[n]), now[n]) for n in held if ".router." not in n)
+    export_run(resumed, ExportOptions(output=tmp_path / "export", checkpoint="step-6"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"train": {"parts": []}}, "`train.parts` is empty"),
+        ({"train": {"parts": ["router"]}}, "experts that never learned anything"),
+        ({"train": {"parts": ["router"]}, "method": "full"}, "is for `method: moe-ct`"),
+        ({"train": {"parts": ["rooter"]}}, "train.parts"),
+        ({"loss": {"language_prior": 0.1}}, "needs the frozen FFN among the experts"),
+        ({"loss": {"language_prior": 0.1}, "moe": ROUTED, "data": {"replay": 0.0}}, "none is read"),
+        ({"loss": {"balance_over": "trained"}}, "needs the frozen FFN among the experts"),
+        ({"loss": {"balance_over": "trained"}, "moe": {**ROUTED, "experts": 2}}, "nothing to balance"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(place, changes, problem):
+    with pytest.raises(ConfigError, match=problem):
+        place.config(**changes)
+
+
+def test_a_part_that_the_model_does_not_have_is_refused(place):
+    first = train(place.config("learn", moe=ROUTED))
+    with pytest.raises(ConfigError, match="train.parts names `gate`, and nothing of that was appended; there are expe"):
+        train(place.config("second", moe=ROUTED, model={"start": str(first)}, train={"parts": ["gate"]}))
+
+
+def test_the_shipped_two_stage_configuration_runs(place):
+    """configs/moe-lpr.yaml, with this test's base and text."""
+    stages = load_stages(REPOSITORY / "configs/moe-lpr.yaml")
+    assert [s.train.parts for s in stages] == ["all", ["router"]]
+    assert stages[0].data.replay == 0 and stages[1].loss.language_prior == 0.1
+    values = place.values()
+    del values["data"]["replay"], values["train"]["lr"]
+    small = [f"{part}.{key}={json.dumps(value)}" for part in ("data", "train") for key, value in values[part].items()]
+    overrides = [f"output={place.output}", "name=lpr", f"model.base={values['model']['base']}", *small]
+    stages = load_stages(REPOSITORY / "configs/moe-lpr.yaml", overrides)
+    run_stages(stages)
+    assert {row["step"] for row in read_rows(place.output / "lpr/review/monitor")} == {0, 3, 6}
