@@ -6,8 +6,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from small_runs import REPOSITORY, assert_same_bits, launch
+from small_runs import REPOSITORY, assert_same_bits, launch, tensors
 
 from moect.config import NAMED, config_from_dict
 from moect.errors import ConfigError
@@ -22,8 +21,8 @@ from moect.train.loop import train
 ROUTED = {"fusion": "routed", "experts": 4}
 
 
-def module(folder, step=6):
-    return load_file(folder / f"checkpoints/step-{step}/module.safetensors")
+def module(folder):
+    return {name.removeprefix("module:"): tensor for name, tensor in tensors(folder, 6, "module").items()}
 
 
 @pytest.mark.parametrize("method", NAMED)
