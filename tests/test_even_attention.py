@@ -7,7 +7,7 @@ from transformers import DynamicCache
 
 from moect.errors import UnsupportedModelError
 from moect.model import ForwardRecord, MoeConfig, append_moe, base_only, modules_of, remove_moe
-from moect.model.even_attention import ENOUGH, Listening
+from moect.model.even_attention import ENOUGH, PREFIX, Listening, listening
 
 GATE = MoeConfig(fusion="add", language_gate=True, width=16)
 
@@ -97,7 +97,9 @@ def test_dropout_of_attention_does_not_reach_the_context():
 def test_a_paged_cache_is_refused_before_it_is_filled_twice():
     model = gated()
     attention = model.model.layers[0].self_attn
-    kernel = attention.config._attn_implementation
+    with listening():
+        kernel = attention.config._attn_implementation
+    assert attention.config._attn_implementation == kernel.removeprefix(PREFIX) == "sdpa"  # for who looks from outside
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     q = torch.zeros(1, 4, 2, attention.head_dim)

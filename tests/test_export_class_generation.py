@@ -7,14 +7,8 @@ from test_append import VARIANTS
 from tiny import FAMILIES, logits, tokens
 from transformers import AutoModelForCausalLM
 
-from moect.model.even_attention import PREFIX
-
 GATES = ("gate", "language-gate")
 OPTIONS = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
-
-
-def kernel_of(block) -> str:
-    return block.self_attn.config._attn_implementation.removeprefix(PREFIX)
 
 
 def load(folder, **options):
@@ -67,7 +61,7 @@ def test_kernels_of_attention_agree_on_padded_and_packed_rows(family, kernels, t
         got = {}
         for kernel in kernels:
             model.set_attn_implementation(kernel)
-            assert {kernel_of(block) for block in model.model.layers} == {kernel}
+            assert {block.self_attn.config._attn_implementation for block in model.model.layers} == {kernel}
             got[kernel] = logits(model, ids, **kind)[seen]
         assert (got[kernels[0]] - got[kernels[1]]).abs().max() < 2e-5
     second = logits(model, ids[:, 7:])
@@ -78,4 +72,4 @@ def test_a_kernel_asked_for_when_loading_reaches_every_block(saved):
     for kernel in ("eager", "sdpa"):
         model = load(saved[1], attn_implementation=kernel)
         assert model.config._attn_implementation == model.config.base_config._attn_implementation == kernel
-        assert {kernel_of(block) for block in model.model.layers} == {kernel}
+        assert {block.self_attn.config._attn_implementation for block in model.model.layers} == {kernel}

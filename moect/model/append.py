@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moect.dispatch import backends
 from moect.errors import ConfigError, UnsupportedModelError
 from moect.model.embeddings import remove_rows, rows_of
-from moect.model.even_attention import context_of, listen, stop_listening
+from moect.model.even_attention import context_of, listen, listening, stop_listening
 from moect.model.families import blocks_of, check_config
 from moect.model.moe_ffn import MoEFFN
 from moect.model.record import RECORD, ForwardRecord
@@ -45,10 +45,13 @@ class AppendedBlock:
 
     def forward(self, hidden_states: Tensor, *, moect_record: ForwardRecord, **kwargs) -> Tensor:
         enabled = self.moe is not None and self.moe.enabled
-        heard = {RECORD: moect_record} if enabled and self.moe.listens else {}
-        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs, **heard)
-        if heard:
+        normed = self.input_layernorm(hidden_states)
+        if enabled and self.moe.listens:
+            with listening():
+                attended, _ = self.self_attn(hidden_states=normed, **kwargs, **{RECORD: moect_record})
             moect_record.context_TD = context_of(self.self_attn, moect_record, kwargs["position_ids"]).flatten(0, 1)
+        else:
+            attended, _ = self.self_attn(hidden_states=normed, **kwargs)
         r_BSD = hidden_states + attended
         u_BSD = self.post_attention_layernorm(r_BSD)
         f_BSD = self.mlp(u_BSD)

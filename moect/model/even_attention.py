@@ -11,7 +11,9 @@ B batch, S sequence, H heads, D width
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 
 import torch
@@ -22,11 +24,15 @@ from moect.errors import UnsupportedModelError
 from moect.model.record import RECORD, ForwardRecord
 
 PREFIX = "moect|"
+_LISTENS = ContextVar("moect_listens", default=False)  # of this thread's pass
 ENOUGH = 256  # tokens; after so many, more of them make the gate no surer
 
 
 class Listening:
-    """A block's attention config, the base's own but for the name of the kernel: that of one that listens."""
+    """A block's attention config: the base's own, but that inside `listening` the kernel is one that listens.
+
+    Outside it nothing may look different: serving engines tell by the kernel's name which modules they have to serve.
+    """
 
     def __init__(self, config):
         self.config = config
@@ -38,6 +44,8 @@ class Listening:
 
     @property
     def _attn_implementation(self) -> str:
+        if not _LISTENS.get():
+            return self.config._attn_implementation
         kernel = self.config._attn_implementation or "eager"
         name = PREFIX + kernel
         if name not in ALL_ATTENTION_FUNCTIONS:
@@ -55,6 +63,16 @@ def stop_listening(attention: nn.Module) -> None:
     """Undo `listen`, where it was called."""
     if isinstance(attention.config, Listening):
         attention.config = attention.config.config
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Inside, the attention modules that `listen` was called on do."""
+    before = _LISTENS.set(True)
+    try:
+        yield
+    finally:
+        _LISTENS.reset(before)
 
 
 @torch.no_grad()
