@@ -66,9 +66,10 @@ def evaluate_run(run_folder: Path, checkpoint: str | None = None, overrides: lis
     cache = Path(config.output) / ".cache"
     fingerprint = base_fingerprint(config.model, config.seed)
     check_same_run(info, config, fingerprint, str(path))
-    calibration = distributed.main_first(lambda: load_calibration(config, cache))
-    if not calibration and not any(o.startswith("moe.gate_threshold=") for o in overrides):
-        config = calibrated(config, folder, info["step"])
+    calibration = []
+    if not any(o.startswith("moe.gate_threshold=") for o in overrides):  # else it is not to be found
+        calibration = distributed.main_first(lambda: load_calibration(config, cache))
+        config = config if calibration else calibrated(config, folder, info["step"])
     tokenizer = kept_tokenizer(config, folder)
     extension = extension_of(tokenizer)
     check_extension(info, extension, str(path))

@@ -103,8 +103,7 @@ class MoeConfig:
     @property
     def threshold_logit(self) -> float:
         """The gate's logit at `gate_threshold`: what lies above it is let through."""
-        q = self.gate_threshold
-        return math.log(q / (1 - q)) if q else -math.inf
+        return logit_of(self.gate_threshold)
 
     @property
     def trained_experts(self) -> int:
@@ -130,3 +129,8 @@ class MoeConfig:
         if len(set(self.layers)) != len(self.layers):
             raise ValueError("moe.layers names a block twice")
         return sorted(self.layers)
+
+
+def logit_of(q: float) -> float:
+    """The logit whose sigmoid is q, of [0, 1)."""
+    return math.log(q / (1 - q)) if q else -math.inf

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from moect.config import config_from_dict
 from moect.data.tokens.unseen import unseen_tokens
+from moect.data.vocabulary.extended_tokenizer import Extension
 from moect.data_config import DataConfig, SourceConfig
 from moect.errors import ConfigError
 from moect.model import ForwardRecord, MoeConfig, append_moe, base_only, losses, modules_of, remove_moe
@@ -244,6 +245,19 @@ def test_with_a_gate_the_rows_are_added_where_it_decides(training):
         weight = twin.lm_head.weight
         expected = hidden_BSD @ weight.T + q_BS[..., None] * (hidden_BSD @ (head - weight).T)
     assert (got_BSV - expected).abs().max() < 1e-4
+
+
+def test_with_all_rows_the_added_tokens_are_still_the_last(place):
+    """Where the base has more unused rows than tokens are added, those beyond belong to nobody."""
+    extension = Extension(first_id=290, pieces=[[3, 4], [5, 6]])
+    moe = {"fusion": "add", "language_gate": True}
+    config = place.config(moe=moe, model={"train_embeddings": "all", "extend_tokenizer": 2})
+    model = build_model(config, extension=extension)
+    rows = rows_of(model)[0]
+    assert rows.ids.tolist() == list(range(292)) and rows.spare == 2
+    pieces = model.model.embed_tokens.weight[[3, 4]].mean(0)
+    with torch.no_grad():
+        assert torch.allclose(model.model.embed_tokens(torch.tensor([290]))[0], pieces, atol=1e-6)
 
 
 def test_embeddings_without_their_tokens_are_refused_where_rows_come_late():

@@ -107,3 +107,22 @@ def test_a_paged_cache_is_refused_before_it_is_filled_twice():
         ALL_ATTENTION_FUNCTIONS[kernel](
             attention, q, q[:, :2], q[:, :2], None, scaling=1.0, cache=object(), moect_record=ForwardRecord()
         )
+
+
+def test_a_kernel_that_looks_its_own_name_up_finds_it(monkeypatch):
+    """As flash attention does."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    seen = []
+
+    def kernel(module, *args, **kwargs):
+        seen.append(module.config._attn_implementation)
+        return sdpa_attention_forward(module, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "own", kernel)
+    model = gated()
+    expected = logits(model, tokens())
+    model.config._attn_implementation = "own"
+    assert (logits(model, tokens()) - expected).abs().max() < 1e-5
+    assert seen == ["own"] * 4  # three blocks, and one of them once more

@@ -18,6 +18,7 @@ from moect.config import load_config
 from moect.errors import ConfigError, DataError
 from moect.evaluate import evaluate_run
 from moect.export.run import ExportOptions, export_run
+from moect.export.source import open_run
 from moect.gate_config import GateConfig, fewest_documents
 from moect.model import ForwardRecord, MoeConfig, append_moe
 from moect.monitor.measuring.calibration import TouchMeter, allowed, find_threshold
@@ -71,6 +72,8 @@ def test_a_gate_that_is_certain_of_an_old_document_is_closed_all_the_same():
     gate = GateConfig(max_touched_old_documents=0.5, confidence=0.5)
     found = find_threshold(torch.tensor([30.0, 30.0, 30.0]), ["en"] * 3, gate)
     assert found.threshold < 1 and MoeConfig(gate_threshold=found.threshold).threshold_logit > 30
+    with pytest.raises(DataError, match="with certainty"):
+        find_threshold(torch.tensor([40.0, 40.0, 40.0]), ["en"] * 3, gate)
 
 
 def test_a_documents_greatest_logit_is_that_of_all_its_tokens_in_all_its_windows():
@@ -153,11 +156,37 @@ def test_another_promise_is_kept_by_evaluating_again(run, tmp_path):
     export_run(folder, ExportOptions(output=tmp_path / "e", checkpoint="step-6", verify=False))
     assert AutoConfig.from_pretrained(tmp_path / "e").moe["gate_threshold"] == row["threshold"]
 
+    card = (tmp_path / "e" / "README.md").read_text()
+    now, then = evaluation.rows[0], next(r for r in read_rows(folder / "monitor") if r["step"] == 6)
+    assert f"{now['bits_per_byte']:.4f}" in card and now["bits_per_byte"] != then["bits_per_byte"]
+
+
+def test_a_promise_that_was_taken_back_or_made_stricter_no_longer_holds(run):
+    folder = copy_run(run[2], "changed")
+    text = (folder / "config.yaml").read_text()
+    assert text.count("max_touched_old_documents: 0.1\n") == 1
+    found = read_rows(folder / "monitor", GATE)[-1]["threshold"]
+    for promise, expected in (("null", 0.5), ("0.05", None), ("0.2", found)):
+        (folder / "config.yaml").write_text(text.replace("documents: 0.1\n", f"documents: {promise}\n"))
+        if expected is None:
+            with pytest.raises(ConfigError, match="no threshold was found"):
+                open_run(folder, "step-6")
+        else:
+            assert open_run(folder, "step-6").config.moe.gate_threshold == expected
+
+
+def test_a_threshold_may_be_tried_by_hand(run):
+    folder = copy_run(run[2], "tried")
+    before = (folder / "monitor" / GATE).read_bytes()
+    rows = evaluate_run(folder, "step-6", ["moe.gate_threshold=0.999999"]).rows
+    assert all(row["gate_threshold"] == 0.999999 and row["open_share"] == 0 for row in rows)
+    assert (folder / "monitor" / GATE).read_bytes() == before
+
 
 def test_a_promise_that_was_not_kept_is_not_exported(run):
     folder = copy_run(run[2], "unmeasured")
     (folder / "monitor" / GATE).unlink()
-    with pytest.raises(ConfigError, match="no threshold was found .* at step 6, .*moect evaluate"):
+    with pytest.raises(ConfigError, match="no threshold was found .* at step 6 .*moect evaluate"):
         export_run(folder, ExportOptions(checkpoint="step-6"))
 
 

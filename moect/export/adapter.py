@@ -89,7 +89,7 @@ def load(base: str | Path, adapter: str | Path, check: bool = True, **kwargs) ->
     adapter = Path(adapter)
     values = _read_values(adapter)
     try:
-        moe, dtype = MoeConfig(**values["moe"]), DTYPES[values["dtype"]]
+        moe, dtype = MoeConfig(**{"gate_sees": "token"} | values["moe"]), DTYPES[values["dtype"]]
     except (TypeError, ValueError, KeyError) as error:
         raise ExportError(f"{adapter}: {VALUES} is damaged; export it again") from error
     model = AutoModelForCausalLM.from_pretrained(base, **{"dtype": dtype, "use_safetensors": True, **kwargs})

@@ -20,7 +20,7 @@ from moect.export.targets.choice import choose
 from moect.export.targets.form import Subject
 from moect.model.build import weights_folder
 from moect.monitor.measuring.windows import tokenise
-from moect.monitor.rows import read_rows
+from moect.monitor.rows import APART, FILE_NAME, Row, read_rows
 
 log = logging.getLogger("moect.export")
 
@@ -88,7 +88,7 @@ def export_run(run_folder: Path, options: ExportOptions | None = None) -> Export
         trained, tokenizer, folder, origin["instruct"] = chat.trained, chat.tokenizer, chat.folder, chat.digests
     target = choose(options.target or config.export.target, trained.subject)
     texts = _texts(config, tokenizer, trained.subject) if options.verify else []
-    rows = [row for row in read_rows(run_folder / "monitor") if row["step"] == source.info["step"]]
+    rows = _rows(run_folder, source.info["step"], trained.subject)
 
     def card(comparison: Comparison | None) -> str:
         return make_card(
@@ -108,6 +108,19 @@ def export_run(run_folder: Path, options: ExportOptions | None = None) -> Export
         live=None if options.instruct else source.live,
     )
     return Export(output, target.name, comparison)
+
+
+def _rows(run_folder: Path, step: int, subject: Subject) -> list[Row]:
+    """What was measured of this model, with the threshold that its gate has now; the latest of each text."""
+    wanted = subject.moe.gate_threshold if subject.moe else None
+    found = {}
+    for name in (FILE_NAME, APART):
+        for row in read_rows(run_folder / "monitor", name):
+            if row["step"] == step and row.get("gate_threshold", wanted) == wanted:
+                found[row["lang"], row["domain"]] = row
+    if not found and read_rows(run_folder / "monitor"):
+        log.warning("the card says nothing of forgetting: step %d was not measured with this gate threshold", step)
+    return list(found.values())
 
 
 def _texts(config: RunConfig, tokenizer, subject: Subject) -> list[Text]:

@@ -220,7 +220,7 @@ def _add_rows(model: nn.Module, config: ModelConfig, rows: list[int] | None, ext
     first_id, pieces = (
         (extension.first_id, extension.pieces) if extension else (V, [[0]] * (config.extend_tokenizer or 0))
     )
-    ids = [] if config.train_embeddings == "none" else range(V)
+    ids = [] if config.train_embeddings == "none" else range(min(V, first_id))  # spare rows beyond are nobody's
     if config.train_embeddings == "unseen" and rows is not None:
         ids = [i for i in rows if i < V]
     if not ids and not pieces:

@@ -47,6 +47,8 @@ class MoectConfig(PretrainedConfig):
         values.pop("_name_or_path", None)
         self.base_config = AutoConfig.for_model(**values)
         before = {} if not moe or "gate_sees" in moe else {"gate_sees": "token"}  # an export of before there was one
+        if before and rows and moe.get("language_gate"):
+            raise ValueError("exported when rows of tokens came before the language gate; export the run again")
         self.moe = asdict(MoeConfig(**before, **(moe or {})))
         self.rows, self.added_tokens, self.spare_tokens = rows, added_tokens, spare_tokens
         if self._auto_class is None:

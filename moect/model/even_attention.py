@@ -66,9 +66,9 @@ def stop_listening(attention: nn.Module) -> None:
 
 
 @contextmanager
-def listening() -> Iterator[None]:
-    """Inside, the attention modules that `listen` was called on do."""
-    before = _LISTENS.set(True)
+def listening(do: bool = True) -> Iterator[None]:
+    """Inside, the attention modules that `listen` was called on do; or do not, where something outer lets them."""
+    before = _LISTENS.set(do)
     try:
         yield
     finally:
@@ -95,18 +95,19 @@ def context_of(attention: nn.Module, record: ForwardRecord, position_ids_BS: Ten
 
 def _attend_and_listen(kernel: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
     """An attention function of transformers: that of the name `kernel`, and with a record once more, evenly."""
-    record = kwargs.pop(RECORD, None)
-    attend = _kernel(kernel, module)
-    result = attend(module, query, key, value, *args, **kwargs)
-    if record is not None:
+    record, attend = kwargs.pop(RECORD, None), _kernel(kernel, module)
+    with listening(False):  # some kernels look their own name up
+        result = attend(module, query, key, value, *args, **kwargs)
+        if record is None:
+            return result
         if kwargs.get("cache") is not None:  # the kernel would put keys and values into it again
             raise UnsupportedModelError(
                 "the language gate's context cannot be had from a paged cache of transformers; use generate(), or vLLM"
             )
         with torch.no_grad():
             even, _ = attend(module, torch.zeros_like(query), key, value, *args, **{**kwargs, "dropout": 0.0})
-        B, S = query.shape[0], query.shape[2]
-        record.heard_BSHd = even.reshape(B, S, query.shape[1], -1)
+    B, S = query.shape[0], query.shape[2]
+    record.heard_BSHd = even.reshape(B, S, query.shape[1], -1)
     return result
 
 

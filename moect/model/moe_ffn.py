@@ -75,7 +75,7 @@ class MoEFFN(nn.Module):
             logit_T = self._gate_logit(u_TD, record)
             e_TD = self._mixture(u_TD, record)
             if self.language_gate is not None and record.late_BSD is not None:
-                e_TD = e_TD + record.late_BSD.flatten(0, 1)
+                e_TD = e_TD + record.late_BSD.to(e_TD.device).flatten(0, 1)
             h_TD = r_TD + (f_TD + logit_T.sigmoid()[:, None].to(e_TD.dtype) * e_TD)
         else:
             e_TD, frozen_T = (self._routed if self.config.fusion == "routed" else self._unrouted)(u_TD, record)
@@ -98,7 +98,7 @@ class MoEFFN(nn.Module):
         open_T, token = (t.to(u_BSD.device) for t in (record.open_T, record.open_token))
         e_OD = self._mixture(u_BSD.flatten(0, 1)[token], record, open_T)
         if self.language_gate is not None and record.late_BSD is not None:
-            e_OD = e_OD + record.late_BSD.flatten(0, 1)[token]
+            e_OD = e_OD + record.late_BSD.to(e_OD.device).flatten(0, 1)[token]
         return r_BSD + f_BSD.flatten(0, 1).index_add(0, token, e_OD).view_as(f_BSD)
 
     def _mixture(self, u_TD: Tensor, record: ForwardRecord, open_T: Tensor | None = None) -> Tensor:

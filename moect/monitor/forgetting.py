@@ -166,8 +166,10 @@ class ForgettingMonitor:
         tasks = self._answer(model)
         measured = self._measurements(sums, f"the model at step {step}")
         routing = meter.result() if meter else [None] * len(self.texts)
+        gated = meter and model.moe_config.language_gate
+        at = {"gate_threshold": model.moe_config.gate_threshold} if gated else {}
         rows = [
-            {"step": step} | self._row(index, now, routed, comparison)
+            {"step": step} | self._row(index, now, routed, comparison) | at
             for index, (now, routed) in enumerate(zip(measured, routing, strict=True))
         ]
         on_main(partial(self._write, step, rows, tasks, samples, calibration))
@@ -296,6 +298,7 @@ class ForgettingMonitor:
         if calibration:
             gate = self.config.gate
             promised = {"limit": gate.max_touched_old_documents, "confidence": gate.confidence}
+            promised["by"] = "evaluate" if self.apart else "train"
             replace_rows(self.folder, [{"step": step} | promised | asdict(calibration)], GATE)
         if tasks:
             replace_rows(self.folder, task_rows(step, roles, self.base.tasks, tasks), TASKS)

@@ -14,11 +14,12 @@
                                                          low, high}; `to` null in the last
     blocks, expert_load (L, E), load_entropy (L), router_entropy (L), gate, gate_by_block (L), open_share
                                                          where the model has a module; see `Routing`
+    gate_threshold                                       of the language gate, where there is one
 
 monitor/evaluations.jsonl has the same columns, of what `moect evaluate` measured on other texts or with other settings;
 monitor/tasks.jsonl has one a checkpoint and task, monitor/samples.jsonl one a checkpoint and sample, and
 monitor/gate.jsonl one a checkpoint: the threshold that was found for the language gate, `limit` and `confidence` of the
-promise, and `documents` and `touched` ones of data.calibration by language.
+promise, `by` train or evaluate, and `documents` and `touched` ones of data.calibration by language.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moect.config import RunConfig
 from moect.errors import ConfigError, DataError
+from moect.gate_config import GateConfig
 from moect.monitor.rows import GATE, Row, read_rows
 
 log = logging.getLogger("moect.monitor")
@@ -19,26 +20,32 @@ def threshold_row(run_folder: Path, step: int) -> Row | None:
 
 
 def calibrated(config: RunConfig, run_folder: Path, step: int) -> RunConfig:
-    """The run's configuration with the threshold that was found at a step, if one was.
+    """The run's configuration with the threshold that was found at a step: by `moect evaluate` after it, or by the
+    training for what the configuration promises.
 
     Raises:
         ConfigError: the run promises something of its gate, and nothing was found at this step.
         DataError: what was found is damaged.
     """
-    row = threshold_row(run_folder, step)
-    if row is None:
-        gated = config.method == "moe-ct" and config.moe.language_gate
-        if gated and config.gate.max_touched_old_documents is not None:
-            raise ConfigError(
-                f"{run_folder}: no threshold was found for the language gate at step {step}, which "
-                "gate.max_touched_old_documents asks for; moect evaluate RUN --checkpoint "
-                f"step-{step} finds it"
-            )
-        return config
+    row, promise = threshold_row(run_folder, step), config.gate
     try:
-        return replace(config, moe=replace(config.moe, gate_threshold=float(row["threshold"])))
+        if row and (row["by"] == "evaluate" or _keeps(row, promise)):
+            return replace(config, moe=replace(config.moe, gate_threshold=float(row["threshold"])))
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{run_folder}/monitor/{GATE}: step {step} has no threshold; remove the line") from error
+    gated = config.method == "moe-ct" and config.moe.language_gate
+    if gated and promise.max_touched_old_documents is not None:
+        raise ConfigError(
+            f"{run_folder}: no threshold was found for the language gate at step {step} that keeps "
+            f"gate.max_touched_old_documents; moect evaluate RUN --checkpoint step-{step} finds it"
+        )
+    return config
+
+
+def _keeps(row: Row, promise: GateConfig) -> bool:
+    """Whether what a training found is what the configuration now wants; it may have been changed."""
+    limit = promise.max_touched_old_documents
+    return limit is not None and row["limit"] <= limit and row["confidence"] >= promise.confidence
 
 
 def render_threshold(row: Row) -> str:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from moect.errors import DataError
 from moect.gate_config import GateConfig, fewest_documents
 from moect.model.record import ForwardRecord
+from moect.moe_config import logit_of
 
 MARGIN = 1e-3  # above the greatest logit that has to stay closed: kernels and batches differ in the last bits
 
@@ -88,9 +89,14 @@ def find_threshold(greatest_G: Tensor, languages: list[str], gate: GateConfig) -
                 "gate.max_touched_old_documents"
             )
         logit = max(logit, sorted(of_language, reverse=True)[k])
-    logit += MARGIN
-    touched = {language: sum(v > logit for v in of_language) for language, of_language in values.items()}
-    return Calibration(_sigmoid(logit), {k: len(v) for k, v in values.items()}, touched)
+    q = _sigmoid(logit + MARGIN)
+    if (there := logit_of(q)) <= logit:
+        raise DataError(
+            "the language gate takes old documents of data.calibration for new ones with certainty, so no threshold "
+            "keeps gate.max_touched_old_documents; train longer, or with more data.replay"
+        )
+    touched = {language: sum(v > there for v in of_language) for language, of_language in values.items()}
+    return Calibration(q, {k: len(v) for k, v in values.items()}, touched)
 
 
 def allowed(documents: int, limit: float, confidence: float) -> int | None:

@@ -121,8 +121,11 @@ def _config_then(info: dict, config: RunConfig, fingerprint: str, where: str) ->
             f"{where}: made with another base (fingerprint {info['base_fingerprint'][:12]}…, "
             f"{config.model.base or 'model.from_config'} has {fingerprint[:12]}…); set model.base to that one"
         )
+    values = info["config"]
+    if isinstance(values.get("moe"), dict):  # of before there was a choice
+        values = values | {"moe": {"gate_sees": "token"} | values["moe"]}
     try:
-        return config_from_dict(info["config"], where)
+        return config_from_dict(values, where)
     except MoectError as error:
         raise CheckpointError(f"{where}: its configuration cannot be read: {error}") from error
 
