@@ -37,7 +37,12 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.sizes: dict[int, int] = {}
-        self.now = self.peak = 0
+        self.peak = 0
+
+    @property
+    def now(self) -> int:
+        """Summed anew: storages are also released by other threads, and while this one counts."""
+        return sum(list(self.sizes.values()))
 
     def add(self, tensor: torch.Tensor) -> None:
         """Count a tensor's storage, once, until it is released."""
@@ -45,9 +50,8 @@ class LiveBytes(TorchDispatchMode):
         if tensor.device.type == "meta" or storage._cdata in self.sizes:
             return
         self.sizes[storage._cdata] = storage.nbytes()
-        self.now += storage.nbytes()
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._release, storage._cdata)
+        weakref.finalize(storage, self.sizes.pop, storage._cdata)
 
     def add_all(self) -> None:
         """Count the tensors that came about unseen, as those read from files."""
@@ -55,9 +59,6 @@ class LiveBytes(TorchDispatchMode):
         for thing in gc.get_objects():
             if type(thing) in (torch.Tensor, torch.nn.Parameter):
                 self.add(thing)
-
-    def _release(self, key: int) -> None:
-        self.now -= self.sizes.pop(key)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
