@@ -392,11 +392,11 @@ def _add_bench_generate(parts) -> None:
 def _tell_evaluation(evaluation) -> None:
     from moect.monitor.reporting.page.report import write_report
     from moect.monitor.reporting.table import render_table
-    from moect.monitor.threshold import render_threshold, threshold_row
+    from moect.monitor.threshold import render_threshold
 
     print(f"{evaluation.checkpoint}\n\n{render_table(evaluation.rows)}\n")
-    if gate := threshold_row(evaluation.folder.parent, evaluation.rows[0]["step"]):
-        print(f"{render_threshold(gate)}\n")
+    if found := render_threshold(evaluation.folder.parent, evaluation.rows[0]):
+        print(f"{found}\n")
     print(f"wrote {evaluation.folder}")
     for path in write_report(evaluation.folder.parent):
         print(f"wrote {path}")

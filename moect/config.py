@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import yaml
 
-from moect.data_config import DataConfig, check_data
+from moect.config_check import check
+from moect.data_config import DataConfig
 from moect.errors import ConfigError
-from moect.gate_config import GateConfig, check_gate
-from moect.health_config import HealthConfig, check_health
+from moect.gate_config import GateConfig
+from moect.health_config import HealthConfig
 from moect.moe_config import MoeConfig, option
-from moect.monitor_config import MonitorConfig, check_monitor
+from moect.monitor_config import MonitorConfig
 
 STRICT = {"extra": "forbid"}  # unknown keys are errors
+Method = Literal["moe-ct", "full", "lora"]
 NAMED = {  # methods that are a module of a certain form
     "language-gate": {"fusion": "add", "language_gate": True},
     "native": {"fusion": "add", "router": "sigmoid"},
@@ -143,7 +144,7 @@ class RunConfig:
     name: str = option("run", "name of the run")
     output: str = option("runs", "folder of all runs")
     seed: int = option(0, "seed of initialisation, data order and everything random")
-    method: Literal["moe-ct", "full", "lora"] = option(
+    method: Method = option(
         "moe-ct",
         "what trains: an appended module (`moe-ct`), everything (`full`), or low-rank updates (`lora`); "
         "`language-gate`, `native` and `moe-lpr` are `moe-ct` with values of `moe` that make it that method",
@@ -166,6 +167,16 @@ class RunConfig:
     def folder(self) -> Path:
         """The run's folder."""
         return Path(self.output) / self.name
+
+    @property
+    def has_language_gate(self) -> bool:
+        """Whether a language gate is appended."""
+        return self.method == "moe-ct" and self.moe.language_gate
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the language gate's threshold is found at each checkpoint, for what `gate` promises."""
+        return self.has_language_gate and self.gate.max_touched_old_documents is not None
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
@@ -223,7 +234,7 @@ def config_from_dict(values: dict, where: str = "config") -> RunConfig:
     except ValidationError as error:
         raise ConfigError(f"{where}: {_in_a_line(_explain(error))}") from error
     try:
-        _check(config)
+        check(config)
     except ValueError as error:
         raise ConfigError(f"{where}: {_in_a_line(str(error))}") from error
     if "root" not in (values.get("data") or {}):
@@ -234,6 +245,12 @@ def config_from_dict(values: dict, where: str = "config") -> RunConfig:
 def _spelled_out(values: dict) -> dict:
     """A named method as `moe-ct` and what the name stands for."""
     method, moe = values.get("method"), values.get("moe") or {}
+    if isinstance(method, str) and method not in (known := [*get_args(Method), *NAMED]):
+        near = difflib.get_close_matches(method, known, n=1)
+        raise ValueError(
+            f"`method` is {method!r}"
+            + (f"; did you mean `{near[0]}`?" if near else f": choose one of {', '.join(known)}")
+        )
     if not isinstance(method, str) or method not in NAMED or not isinstance(moe, dict):
         return values
     for key, value in NAMED[method].items():
@@ -252,11 +269,11 @@ def unused_keys(config: RunConfig) -> list[str]:
     idle = [] if moe else [("moe", f.name) for f in dataclasses.fields(MoeConfig)]
     idle += [] if moe else [("loss", f.name) for f in dataclasses.fields(LossConfig)]
     idle += [] if config.method == "lora" else [("lora", f.name) for f in dataclasses.fields(LoraConfig)]
-    if moe and not config.moe.language_gate:
+    if moe and not config.has_language_gate:
         idle += [("loss", "gate"), ("moe", "gate_threshold"), ("moe", "gate_sees")]
-    if not moe or not config.moe.language_gate:
+    if not config.has_language_gate:
         idle += [("gate", f.name) for f in dataclasses.fields(GateConfig)] + [("data", "calibration")]
-    elif config.gate.max_touched_old_documents is None:
+    elif not config.calibrates:
         idle += [("gate", "confidence"), ("data", "calibration")]
     if moe and config.moe.balance != "bias":
         idle.append(("loss", "bias_rate"))
@@ -324,7 +341,11 @@ def _explain(error) -> str:
     """pydantic's findings as one line: the first in full, the others counted."""
     findings = error.errors()
     first = findings[0]
-    key = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("function-", "list[", "str")))
+    branch = ("function-", "list[", "str", "literal[")  # of values that may be one thing or another
+    keys = [".".join(str(part) for part in f["loc"] if not str(part).startswith(branch)) for f in findings]
+    key, ways = keys[0], [f for f, k in zip(findings, keys, strict=True) if k == keys[0]]
+    if within := next((i for i, k in enumerate(keys) if k.startswith(f"{key}.")), 0):  # of the branch that was meant
+        key, ways, first = keys[within], [findings[within]], findings[within]
     if first["type"] == "unexpected_keyword_argument":
         names = _field_names(first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), names, n=1)
@@ -339,9 +360,10 @@ def _explain(error) -> str:
     else:
         got = first.get("input")
         shown = repr(got) if not isinstance(got, (dict, list)) else type(got).__name__
-        message = re.sub(r"a (valid )?dictionary( or an instance of \w+)?", "a mapping", first["msg"])
+        message = ", or ".join(w["msg"].removeprefix("Input ") if n else w["msg"] for n, w in enumerate(ways))
+        message = re.sub(r"a (valid )?dictionary( or an instance of \w+)?", "a mapping", message)
         text = f"`{key}`: {message[0].lower()}{message[1:]}, got {shown}"
-    more = len(findings) - 1
+    more = len(findings) - len(ways)
     return text + (f" (and {more} more)" if more else "")
 
 
@@ -356,132 +378,3 @@ def _field_names(loc: tuple) -> list[str]:
         hint = typing.get_type_hints(here).get(str(part), here)
         here = next((a for a in typing.get_args(hint) if dataclasses.is_dataclass(a)), hint)
     return [f.name for f in dataclasses.fields(here)] if dataclasses.is_dataclass(here) else []
-
-
-def _check(config: RunConfig) -> None:
-    """What no single field can know."""
-    model, data, train = config.model, config.data, config.train
-    if not config.name or "/" in config.name or config.name.startswith("."):
-        raise ValueError(f"`name` is {config.name!r}: give a plain folder name")
-    if (model.base is None) == (model.from_config is None):
-        raise ValueError("give either `model.base` or `model.from_config`, not both and not neither")
-    if model.from_config is not None:
-        if config.method != "full":
-            raise ValueError("a base trained from scratch needs `method: full`")
-        if not model.tokenizer:
-            raise ValueError("`model.from_config` needs `model.tokenizer`")
-        if "model_type" not in model.from_config:
-            raise ValueError("`model.from_config` has no `model_type`")
-        if model.start:
-            raise ValueError("`model.start` goes on from a run on the same base: it needs `model.base`")
-    if model.train_tokenizer is not None and not (model.tokenizer and model.from_config):
-        raise ValueError(
-            "`model.train_tokenizer` needs `model.tokenizer`, the folder to write to, and `model.from_config`: "
-            "an existing base has its own"
-        )
-    if model.extend_tokenizer is not None:
-        if model.extend_tokenizer < 1:
-            raise ValueError(f"`model.extend_tokenizer` is {model.extend_tokenizer}: it must be at least 1")
-        if not model.base or model.tokenizer:
-            raise ValueError("`model.extend_tokenizer` adds to the tokenizer of `model.base`; remove `model.tokenizer`")
-        if "new" not in {data.languages.get(source.lang) for source in data.train}:
-            raise ValueError("`model.extend_tokenizer` learns from new languages, and `data.train` has none")
-        if config.method != "moe-ct":
-            raise ValueError(
-                "`model.extend_tokenizer` is for `method: moe-ct`; `full` and `lora` make no rows for new tokens"
-            )
-    if model.train_embeddings != "none" and config.method != "moe-ct":
-        raise ValueError(
-            "`model.train_embeddings` is for `method: moe-ct`; `full` trains them all, and `lora` names modules in "
-            "`lora.targets`"
-        )
-    if train.parts != "all":
-        _check_parts(config)
-    if not 0 <= config.seed < 2**31:
-        raise ValueError(f"`seed` is {config.seed}: it must lie between 0 and {2**31 - 1}")
-    for section in ("moe", "lora", "loss", "data", "train", "gate", "health"):
-        for name, value in vars(getattr(config, section)).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"`{section}.{name}` is {value}: it must be a finite number")
-    for name, value in vars(config.loss).items():
-        if isinstance(value, float) and value < 0:
-            raise ValueError(f"`loss.{name}` is {value}: it cannot be negative")
-    if config.lora.alpha <= 0:
-        raise ValueError(f"`lora.alpha` is {config.lora.alpha}: it must be positive")
-    if config.method == "moe-ct" and config.moe.language_gate and not config.loss.gate:
-        raise ValueError("`loss.gate` is 0: the language gate would never learn which language is which")
-    for section, values, names in (
-        ("train", train, ("steps", "batch_size", "micro_batch", "log_every", "save_every", "keep_every", "stop_after")),
-        ("lora", config.lora, ("rank",)),
-    ):
-        for name in names:
-            value = getattr(values, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{section}.{name}` is {value}: it must be at least 1")
-    for name in ("lr", "eps"):
-        if getattr(train, name) <= 0:
-            raise ValueError(f"`train.{name}` is {getattr(train, name)}: it must be positive")
-    for name in ("warmup", "clip", "weight_decay", "keep_last"):
-        if getattr(train, name) < 0:
-            raise ValueError(f"`train.{name}` is {getattr(train, name)}: it cannot be negative")
-    for name in ("decay", "min_lr"):
-        if not 0 <= getattr(train, name) <= 1:
-            raise ValueError(f"`train.{name}` is {getattr(train, name)}: it must lie between 0 and 1")
-    if len(train.betas) != 2 or not all(0 <= b < 1 for b in train.betas):
-        raise ValueError(f"`train.betas` is {train.betas}: give two numbers in [0, 1)")
-    if train.warmup >= train.steps:
-        raise ValueError(
-            f"`train.warmup` is {train.warmup} of {train.steps} steps: the warm-up must end before the run"
-        )
-    if train.batch_size % train.micro_batch:
-        raise ValueError(
-            f"`train.batch_size` {train.batch_size} is no multiple of `train.micro_batch` {train.micro_batch}"
-        )
-    if model.attention == "flash_attention_2" and train.micro_batch > 1:
-        raise ValueError(
-            "`model.attention: flash_attention_2` keeps packed documents apart only in single rows: set "
-            "`train.micro_batch: 1`, or use sdpa"
-        )
-    check_data(data)
-    check_monitor(config.monitor, data)
-    check_gate(config.gate, config.moe if config.method == "moe-ct" else None, data)
-    check_health(config.health)
-    roles = {data.languages[source.lang] for source in data.train}
-    if config.method == "moe-ct":
-        _check_routed(config, roles)
-    if config.method == "moe-ct" and config.moe.language_gate and roles != {"old", "new"}:
-        raise ValueError("`moe.language_gate` learns from both roles: `data.train` needs old and new languages")
-    if config.method == "moe-ct" and config.moe.language_gate and data.replay == 0:
-        raise ValueError("`moe.language_gate` learns from replayed text: set `data.replay` above 0")
-
-
-def _check_parts(config: RunConfig) -> None:
-    parts = config.train.parts
-    if not parts:
-        raise ValueError("`train.parts` is empty: nothing would train; name some of what was appended, or use `all`")
-    if config.method != "moe-ct":
-        raise ValueError(f"`train.parts` is for `method: moe-ct`, and this is `{config.method}`")
-    if "experts" not in parts and "rows" not in parts and "gate" not in parts and not config.model.start:
-        raise ValueError(
-            f"`train.parts: [{', '.join(parts)}]` would train beside experts that never learned anything: give the run "
-            "that trained them as `model.start`, or add `experts`"
-        )
-
-
-def _check_routed(config: RunConfig, roles: set[str]) -> None:
-    loss = config.loss
-    if loss.balance_over == "trained" and config.moe.trained_experts < 2:
-        raise ValueError("`loss.balance_over: trained` has nothing to balance: `moe.experts` has to be 3 at least")
-    if loss.language_prior and ("old" not in roles or config.data.replay == 0):
-        raise ValueError(
-            "`loss.language_prior` is about tokens of old languages, and none is read: give such text in `data.train` "
-            "and a `data.replay` above 0"
-        )
-    if config.moe.fusion == "routed":
-        return
-    for name, idle in (("language_prior", 0), ("balance_over", "all")):
-        if getattr(loss, name) != idle:
-            raise ValueError(
-                f"`loss.{name}` needs the frozen FFN among the experts, `moe.fusion: routed`, and it is "
-                f"`{config.moe.fusion}`"
-            )

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from moect.data_config import DataConfig
-from moect.moe_config import MoeConfig, option
+from moect.moe_config import option
 
 STRICT = {"extra": "forbid"}
 
@@ -31,13 +31,13 @@ def fewest_documents(limit: float, confidence: float) -> int:
     return math.ceil(math.log1p(-confidence) / math.log1p(-limit))
 
 
-def check_gate(gate: GateConfig, moe: MoeConfig | None, data: DataConfig) -> None:
+def check_gate(gate: GateConfig, data: DataConfig, calibrates: bool) -> None:
     """What no single field can know.
 
     Args:
         gate: the section.
-        moe: of the run; None: it appends no module.
         data: of the run.
+        calibrates: whether the run has a gate, and finds its threshold.
 
     Raises:
         ValueError: something that cannot be meant, by its key.
@@ -52,7 +52,7 @@ def check_gate(gate: GateConfig, moe: MoeConfig | None, data: DataConfig) -> Non
             raise ValueError(
                 f"`data.calibration[{i}]` is of a new language, {source.lang}: the threshold is found on old text"
             )
-    if limit is None or moe is None or not moe.language_gate:
+    if not calibrates:
         return
     trained = {source.lang for source in data.train if data.languages[source.lang] == "old"}
     if lacking := sorted(trained - {source.lang for source in data.calibration}):

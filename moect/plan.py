@@ -94,7 +94,8 @@ def _monitor(config: RunConfig, model: nn.Module, held_out: list[list[int]] | st
         return None
     if isinstance(held_out, str):
         return {"unknown": held_out}
-    return monitor_cost(config, model, held_out, flops)
+    uncounted = ["samples", "tasks", *(["data.calibration"] if config.calibrates else [])]
+    return monitor_cost(config, model, held_out, flops) | {"uncounted": uncounted}
 
 
 def _on_gpu(plan: dict, config: RunConfig, name: str, gpu: Gpu, mfu: float) -> dict:
@@ -250,8 +251,8 @@ def _monitor_lines(cost: dict) -> list[str]:
     lines = [
         f"a checkpoint: {_si(cost['tokens'])} tokens of the model's{base}, {cost['passes']:,} passes; "
         f"{_si(cost['flops'])}FLOP",
-        f"{100 * cost['share']:.1f}% of the training's in the {cost['every']:,} steps between; samples and tasks not "
-        "counted",
+        f"{100 * cost['share']:.1f}% of the training's in the {cost['every']:,} steps between",
+        f"not counted: {', '.join(cost['uncounted'])}",
     ]
     if cost["share"] > USUAL_SHARE:
         enough = math.ceil(cost["every"] * cost["share"] / USUAL_SHARE)

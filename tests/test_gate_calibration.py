@@ -25,6 +25,7 @@ from moect.monitor.measuring.calibration import TouchMeter, allowed, find_thresh
 from moect.monitor.measuring.score import add_up
 from moect.monitor.measuring.windows import TokenisedDocument
 from moect.monitor.rows import GATE, read_rows
+from moect.monitor.threshold import render_threshold
 from moect.train.loop import train
 
 GATED = {"fusion": "add", "experts": 3, "width": 16, "language_gate": True}
@@ -178,7 +179,11 @@ def test_a_promise_that_was_taken_back_or_made_stricter_no_longer_holds(run):
 def test_a_threshold_may_be_tried_by_hand(run):
     folder = copy_run(run[2], "tried")
     before = (folder / "monitor" / GATE).read_bytes()
-    rows = evaluate_run(folder, "step-6", ["moe.gate_threshold=0.999999"]).rows
+    evaluation = evaluate_run(folder, "step-6", ["moe.gate_threshold=0.999999"])
+    rows = evaluation.rows
+    assert render_threshold(folder, rows[0]) is None  # nothing was promised of that one
+    trained = next(row for row in read_rows(folder / "monitor") if row["step"] == 6)
+    assert f"tokens pass above {trained['gate_threshold']:.6g}" in render_threshold(folder, trained)
     assert all(row["gate_threshold"] == 0.999999 and row["open_share"] == 0 for row in rows)
     assert (folder / "monitor" / GATE).read_bytes() == before
 

@@ -40,10 +40,10 @@ class ForwardRecord:
         blocks: by block index; a block whose tokens were all held back by the gate has no entry.
         gate_logit_T: fp32, the language gate before its sigmoid; with gradient in training. None without a gate.
         open_T: bool, the tokens that a hard gate lets through; None in training, and without a gate.
+        open_token: int64, their places in T, decided once so that no block looks for them again; None as open_T is.
         late_BSD: differences of the tokens' embeddings, for the block where the gate decides; None where none train.
         heard_BSHd: what the deciding block's attention read evenly, on its way to `context_TD`.
         context_TD: fp32, of a language gate that sees it.
-        open_token: int64, their places in T, decided once so that no block looks for them again; None as open_T is.
     """
 
     blocks: dict[int, BlockRecord] = field(default_factory=dict)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +9,6 @@ from moect.config import RunConfig
 from moect.errors import ConfigError, DataError
 from moect.gate_config import GateConfig
 from moect.monitor.rows import GATE, Row, read_rows
-
-log = logging.getLogger("moect.monitor")
 
 
 def threshold_row(run_folder: Path, step: int) -> Row | None:
@@ -33,8 +30,7 @@ def calibrated(config: RunConfig, run_folder: Path, step: int) -> RunConfig:
             return replace(config, moe=replace(config.moe, gate_threshold=float(row["threshold"])))
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{run_folder}/monitor/{GATE}: step {step} has no threshold; remove the line") from error
-    gated = config.method == "moe-ct" and config.moe.language_gate
-    if gated and promise.max_touched_old_documents is not None:
+    if config.calibrates:
         raise ConfigError(
             f"{run_folder}: no threshold was found for the language gate at step {step} that keeps "
             f"gate.max_touched_old_documents; moect evaluate RUN --checkpoint step-{step} finds it"
@@ -48,8 +44,12 @@ def _keeps(row: Row, promise: GateConfig) -> bool:
     return limit is not None and row["limit"] <= limit and row["confidence"] >= promise.confidence
 
 
-def render_threshold(row: Row) -> str:
-    """A row of monitor/gate.jsonl as a line for the screen."""
+def render_threshold(run_folder: Path, measured: Row) -> str | None:
+    """How the threshold was found that a row of forgetting.jsonl was measured at, as a line for the screen; None: it
+    is the configuration's, or a later measurement found another."""
+    row = threshold_row(run_folder, measured["step"])
+    if row is None or row["threshold"] != measured.get("gate_threshold"):
+        return None
     touched = ", ".join(f"{lang} {row['touched'][lang]:,} of {n:,}" for lang, n in row["documents"].items())
     return (
         f"language gate: tokens pass above {row['threshold']:.6g}; touched of the documents in data.calibration: "

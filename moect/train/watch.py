@@ -23,7 +23,7 @@ from moect.monitor.reporting.run_files import read_entries
 from moect.monitor.reporting.table import render_table, render_tasks
 from moect.monitor.reporting.tensorboard import write_scalars
 from moect.monitor.rows import TASKS, Row, drop_rows_after, read_rows
-from moect.monitor.threshold import render_threshold, threshold_row
+from moect.monitor.threshold import render_threshold
 from moect.roll_call import of_communication
 from moect.train.folder import RunLog
 
@@ -104,8 +104,8 @@ class Watch:
             return
         try:
             print(f"\n{render_table(rows)}\n", flush=True)
-            if gate := threshold_row(self.monitor.folder.parent, step):
-                print(f"{render_threshold(gate)}\n", flush=True)
+            if found := render_threshold(self.monitor.folder.parent, rows[0]):
+                print(f"{found}\n", flush=True)
             if tasks := [row for row in read_rows(self.monitor.folder, TASKS) if row["step"] == step]:
                 print(f"{render_tasks(tasks)}\n", flush=True)
             write_scalars(self.writer, rows, step)

@@ -86,8 +86,7 @@ def load_calibration(config: RunConfig, cache_folder: Path | None = None) -> lis
     Raises:
         DataError: as `load_evaluation`.
     """
-    gated = config.method == "moe-ct" and config.moe.language_gate
-    if not gated or config.gate.max_touched_old_documents is None:
+    if not config.calibrates:
         return []
     return load_evaluation(replace(config.data, evaluation=config.data.calibration), cache_folder)
 

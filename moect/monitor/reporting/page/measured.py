@@ -25,6 +25,7 @@ from moect.monitor.reporting.pictures.labels import Labels
 from moect.monitor.reporting.pictures.plots import plot_answers, plot_exactness
 from moect.monitor.reporting.run_files import RunFiles
 from moect.monitor.rows import Row
+from moect.monitor.threshold import render_threshold
 from moect.monitor.verdict import Verdict, best, judge, verdicts
 from moect.monitor_config import limit_of
 
@@ -201,20 +202,16 @@ def exactness(m: Measured) -> Section | None:
     path = plot_exactness(m.course, m.verdict.step, m.labels, m.plots / "exactness.png")
     alt = "Share of documents whose logits are the base's bit for bit, by step and by length of the document."
     caption = ""
-    if m.run.config.method == "moe-ct" and m.run.config.moe.language_gate:
+    if m.run.config.has_language_gate:
         caption = "A longer document has more tokens that could pass the gate."
-    return Section(
-        "exactness",
-        "Bit-identical to the base",
-        [
-            Text(
-                "A document counts as identical if the logits of all of its tokens are the base's, bit for bit, on the "
-                "same rows with the same kernels."
-            ),
-            compact(Table(heads, lines, 2)),
-            Picture(path, alt, caption),
-        ],
-    )
+    told = [
+        "A document counts as identical if the logits of all of its tokens are the base's, bit for bit, on the same "
+        "rows with the same kernels."
+    ]
+    if found := render_threshold(m.run.folder, compared[0]):
+        told.append(f"{found[0].upper()}{found[1:]}.")
+    blocks = [*map(Text, told), compact(Table(heads, lines, 2)), Picture(path, alt, caption)]
+    return Section("exactness", "Bit-identical to the base", blocks)
 
 
 def names(m: Measured) -> Section | None:
