@@ -18,13 +18,14 @@ import yaml
 from moect.config_check import check
 from moect.data_config import DataConfig
 from moect.errors import ConfigError
+from moect.expansion_config import ExpansionConfig
 from moect.gate_config import GateConfig
 from moect.health_config import HealthConfig
 from moect.moe_config import MoeConfig, option
 from moect.monitor_config import MonitorConfig
 
 STRICT = {"extra": "forbid"}  # unknown keys are errors
-Method = Literal["moe-ct", "full", "lora"]
+Method = Literal["moe-ct", "full", "lora", "block-expansion"]
 NAMED = {  # methods that are a module of a certain form
     "language-gate": {"fusion": "add", "language_gate": True},
     "native": {"fusion": "add", "router": "sigmoid"},
@@ -146,8 +147,9 @@ class RunConfig:
     seed: int = option(0, "seed of initialisation, data order and everything random")
     method: Method = option(
         "moe-ct",
-        "what trains: an appended module (`moe-ct`), everything (`full`), or low-rank updates (`lora`); "
-        "`language-gate`, `native` and `moe-lpr` are `moe-ct` with values of `moe` that make it that method",
+        "what trains: an appended module (`moe-ct`), everything (`full`), low-rank updates (`lora`), inserted blocks "
+        "(`block-expansion`); `language-gate`, `native` and `moe-lpr` are `moe-ct` with values of `moe` that make it "
+        "that method",
     )
     resume: Literal["never", "auto"] = option(
         "never", "`auto`: go on from the run's last good checkpoint, if it has one"
@@ -155,6 +157,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoeConfig = field(default_factory=MoeConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    expansion: ExpansionConfig = field(default_factory=ExpansionConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -268,6 +271,8 @@ def unused_keys(config: RunConfig) -> list[str]:
     moe = config.method == "moe-ct"
     idle = [] if moe else [("moe", f.name) for f in dataclasses.fields(MoeConfig)]
     idle += [] if moe else [("loss", f.name) for f in dataclasses.fields(LossConfig)]
+    if config.method != "block-expansion":
+        idle.append(("expansion", "layers"))
     idle += [] if config.method == "lora" else [("lora", f.name) for f in dataclasses.fields(LoraConfig)]
     if moe and not config.has_language_gate:
         idle += [("loss", "gate"), ("moe", "gate_threshold"), ("moe", "gate_sees")]

@@ -48,12 +48,12 @@ def check(config: RunConfig) -> None:
             raise ValueError("`model.extend_tokenizer` learns from new languages, and `data.train` has none")
         if config.method != "moe-ct":
             raise ValueError(
-                "`model.extend_tokenizer` is for `method: moe-ct`; `full` and `lora` make no rows for new tokens"
+                f"`model.extend_tokenizer` is for `method: moe-ct`; `{config.method}` makes no rows for new tokens"
             )
     if model.train_embeddings != "none" and config.method != "moe-ct":
         raise ValueError(
-            "`model.train_embeddings` is for `method: moe-ct`; `full` trains them all, and `lora` names modules in "
-            "`lora.targets`"
+            "`model.train_embeddings` is for `method: moe-ct`; `full` trains them all, `lora` names modules in "
+            "`lora.targets`, and `block-expansion` keeps them"
         )
     if train.parts != "all":
         _check_parts(config)

@@ -60,10 +60,7 @@ class MoeConfig:
             allowed = get_args(hint)
             if get_origin(hint) is Literal and getattr(self, name) not in allowed:
                 raise ValueError(f"moe.{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
-        if isinstance(self.layers, str) and self.layers != "all" and not re.fullmatch(r"every-[1-9]\d*", self.layers):
-            raise ValueError(f"moe.layers is {self.layers!r}: use `all`, `every-N` or a list of block indices")
-        if isinstance(self.layers, list) and not self.layers:
-            raise ValueError("moe.layers is an empty list: name at least one block, or use `all`")
+        check_blocks(self.layers, "moe.layers")
         for name in ("experts", "top_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"moe.{name} is {getattr(self, name)}: it must be at least 1")
@@ -114,21 +111,47 @@ class MoeConfig:
         """The chosen blocks, ascending.
 
         Raises:
-            ValueError: an index outside the model, twice the same, or a stride longer than the model.
+            ValueError: as `chosen_blocks`.
         """
-        if self.layers == "all":
-            return list(range(num_layers))
-        if isinstance(self.layers, str):
-            stride = int(self.layers.removeprefix("every-"))
-            if stride > num_layers:
-                raise ValueError(f"moe.layers is {self.layers!r} but the base has {num_layers} blocks")
-            return list(range(stride - 1, num_layers, stride))
-        wrong = [i for i in self.layers if not 0 <= i < num_layers]
-        if wrong:
-            raise ValueError(f"moe.layers names block {wrong[0]}, the base has blocks 0 to {num_layers - 1}")
-        if len(set(self.layers)) != len(self.layers):
-            raise ValueError("moe.layers names a block twice")
-        return sorted(self.layers)
+        return chosen_blocks(self.layers, num_layers, "moe.layers")
+
+
+def check_blocks(chosen: str | list[int], key: str) -> None:
+    """Whether a key's value can name blocks of some model.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if isinstance(chosen, str) and chosen != "all" and not re.fullmatch(r"every-[1-9]\d*", chosen):
+        raise ValueError(f"{key} is {chosen!r}: use `all`, `every-N` or a list of block indices")
+    if isinstance(chosen, list) and not chosen:
+        raise ValueError(f"{key} is an empty list: name at least one block, or use `all`")
+
+
+def chosen_blocks(chosen: str | list[int], num_layers: int, key: str) -> list[int]:
+    """The blocks that a key's value names, ascending.
+
+    Args:
+        chosen: the value.
+        num_layers: blocks of the base.
+        key: begins the error messages.
+
+    Raises:
+        ValueError: an index outside the model, twice the same, or a stride longer than the model.
+    """
+    if chosen == "all":
+        return list(range(num_layers))
+    if isinstance(chosen, str):
+        stride = int(chosen.removeprefix("every-"))
+        if stride > num_layers:
+            raise ValueError(f"{key} is {chosen!r} but the base has {num_layers} blocks")
+        return list(range(stride - 1, num_layers, stride))
+    wrong = [i for i in chosen if not 0 <= i < num_layers]
+    if wrong:
+        raise ValueError(f"{key} names block {wrong[0]}, the base has blocks 0 to {num_layers - 1}")
+    if len(set(chosen)) != len(chosen):
+        raise ValueError(f"{key} names a block twice")
+    return sorted(chosen)
 
 
 def logit_of(q: float) -> float:

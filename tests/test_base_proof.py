@@ -48,6 +48,7 @@ def flip_lowest_bit(tensor: torch.Tensor, at: int) -> None:
     [
         pytest.param({}, id="moe-ct"),
         pytest.param({"method": "lora"}, id="lora", marks=pytest.mark.slow),
+        pytest.param({"method": "block-expansion"}, id="block-expansion", marks=pytest.mark.slow),
         pytest.param({"train": {"precision": "bf16"}}, id="bf16", marks=pytest.mark.slow),
         pytest.param({"train": {"zero_stage": 3}}, id="zero 3", marks=pytest.mark.slow),
     ],

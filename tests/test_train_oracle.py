@@ -19,6 +19,7 @@ VARIANTS = {
     "discrete in one block": {"moe": {**GATE, "fusion": "discrete", "layers": [1], "width": 16}, "loss": WEIGHTS},
     "full": {"method": "full"},
     "lora": {"method": "lora"},
+    "block-expansion": {"method": "block-expansion", "expansion": {"layers": [1]}},
 }
 
 

@@ -20,6 +20,7 @@ METHODS = {
     "moe-ct, language gate": {"moe": {"fusion": "add", "language_gate": True, "router": "sigmoid"}},
     "full": {"method": "full"},
     "lora": {"method": "lora"},
+    "block-expansion": {"method": "block-expansion", "expansion": {"layers": [1]}},
 }
 ROW_KEYS = {"step", "lang", "role", "domain", "bits_per_byte", "base_bits_per_byte", "delta", "bytes"}
 
@@ -50,7 +51,7 @@ def test_what_trains_moves_and_nothing_else_does(place, method):
     if config.method == "full":
         assert trains == {name for name, _ in run.objective.model.named_parameters()}
     else:
-        mark = ".moe." if config.method == "moe-ct" else ".lora_"
+        mark = {"moe-ct": ".moe.", "lora": ".lora_", "block-expansion": ".inserted."}[config.method]
         assert trains == {name for name in before if mark in name and "selection_bias" not in name}
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     if config.method == "full":  # the embedding of the output is counted once in parameters, if it is tied

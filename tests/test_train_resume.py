@@ -22,6 +22,7 @@ VARIANTS = {
     "language gate and selection bias": {"moe": LANGUAGE_GATE, "loss": {"bias_rate": 0.01}},
     "full": {"method": "full"},
     "lora": {"method": "lora"},
+    "block-expansion": {"method": "block-expansion", "expansion": {"layers": [1]}},
 }
 
 

@@ -46,6 +46,8 @@ MORE_VARIANTS = {
     "everything": {"method": "full"},
     "everything, recomputed": {"method": "full", "train": AGAIN},
     "everything, from scratch": {"method": "full", "model": "scratch"},
+    "inserted blocks": {"method": "block-expansion", "expansion": {"layers": "all"}},
+    "inserted blocks, recomputed": {"method": "block-expansion", "expansion": {"layers": [0]}, "train": AGAIN},
     "low rank, recomputed": {"method": "lora", "train": AGAIN},
     "bf16": {"train": {"precision": "bf16"}},
 }

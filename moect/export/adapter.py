@@ -45,6 +45,8 @@ def write_adapter(source: Source, folder: Path) -> None:
     config, folder = source.config, Path(folder).resolve()
     if config.method == "full":
         raise ExportError("--adapter: method full trains the whole model, nothing stands apart from it; leave it out")
+    if config.method == "block-expansion":
+        raise ExportError("--adapter: method block-expansion makes a deeper model, which no adapter is; leave it out")
     if config.model.base is None:
         raise ExportError("--adapter: the run's base was made from scratch and is in no folder to join; leave it out")
     check_free(folder)

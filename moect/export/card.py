@@ -90,6 +90,11 @@ def _origin(config: RunConfig, info: dict, gives_back: bool) -> str:
             f"Continual training {of} by low-rank updates of rank {config.lora.rank}, merged into the weights, "
             f"{info['step']} steps, with moect{print_of_base}."
         )
+    if config.method == "block-expansion":
+        return (
+            f"Continual training {of} by copies inserted after some of its blocks (`{config.expansion.layers}`), which "
+            f"alone trained, {info['step']} steps, with moect{print_of_base}."
+        )
     moe = config.moe
     inside = ", and is inside unchanged: `model.base_only()` gives it back bit for bit" if gives_back else ""
     gated = ", and a language gate that decides for each token whether they are used" if moe.language_gate else ""

@@ -20,8 +20,10 @@ from moect.errors import ExportError
 from moect.export.targets.form import EMBEDDING, HEAD, Subject
 from moect.export.weights import FolderWeights
 from moect.model.append import is_appended_tensor
+from moect.model.block_expansion import inserted_blocks, places, row_of_blocks
 from moect.model.build import DTYPES, build_model, load_base, lora_layers, weights_folder
 from moect.model.embeddings import rows_of
+from moect.model.families import config_of_blocks
 from moect.train.checkpoints.reading import Tensors, check_shapes, trained_tensors
 from moect.train.token_rows import kept_rows
 
@@ -87,6 +89,8 @@ def of_run(config: RunConfig, checkpoint: Path, dtype: str, extension: Extension
     base = _base_weights(config, model)
     if config.method == "lora":
         return _merged(model, base, trained, dtype)
+    if config.method == "block-expansion":
+        return _in_one_row(model, base, trained, dtype)
 
     means = _means(model, base, trained, extension) if extension else {}
 
@@ -139,6 +143,8 @@ def fold_rows(trained: TrainedModel, exact: bool = False) -> TrainedModel:
 def subject_of(model: nn.Module, dtype: str) -> Subject:
     """What a model is, as `build_model` makes it, the meta device being enough, when it is written in `dtype`."""
     base, rows = copy.deepcopy(getattr(model.config, "base_config", model.config)), rows_of(model)[:1]
+    if inserted_blocks(model):
+        base = config_of_blocks(base, row_of_blocks(model))
     base.vocab_size = model.model.embed_tokens.num_embeddings
     base.dtype = DTYPES[dtype]
     counts = [{"rows": len(r.ids), "added_tokens": r.added, "spare_tokens": r.spare} for r in rows]
@@ -209,3 +215,14 @@ def _merged(model: nn.Module, base: Mapping, trained: Mapping, dtype: str) -> Tr
 
     plain = {n.replace(".base_layer.", "."): t for n, t in _slots(model).items() if ".lora_" not in n}
     return TrainedModel(subject, plain, read)
+
+
+def _in_one_row(model: nn.Module, base: Mapping, trained: Mapping, dtype: str) -> TrainedModel:
+    """Inserted blocks between those of the base: a model of the base's family with more blocks."""
+    place, slots, here = places(model), {}, {}
+    for name, slot in _slots(model).items():
+        start = max((s for s in place if name.startswith(s)), key=len, default="")
+        there = place.get(start, "") + name.removeprefix(start)
+        slots[there], here[there] = slot, name
+    read = lambda name: (trained if here[name] in trained else base)[here[name]]  # noqa: E731
+    return TrainedModel(subject_of(model, dtype), slots, read)

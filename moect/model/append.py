@@ -172,7 +172,7 @@ def modules_of(model: nn.Module) -> list[MoEFFN]:
 
 def is_appended_tensor(name: str) -> bool:
     """Whether the tensor of this name, parameter or buffer, was appended to the base."""
-    return ".moe." in name or ".rows." in name
+    return any(mark in name for mark in (".moe.", ".rows.", ".inserted."))
 
 
 def module_state(model: nn.Module) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from torch import nn
 from moect.config import ModelConfig, RunConfig
 from moect.errors import ConfigError, UnsupportedModelError
 from moect.model.append import append_moe, base_only, modules_of, train_parts
+from moect.model.block_expansion import insert_blocks, inserted_blocks, without_inserted
 from moect.model.embeddings import append_rows, rows_of
 from moect.model.families import check_config
 from moect.model.partition import divide, dividing, loading_divided
@@ -131,6 +132,8 @@ def build_model(
         return model.requires_grad_(True)
     if config.method == "lora":
         return _add_lora(model, config)
+    if config.method == "block-expansion":
+        return insert_blocks(model, config.expansion, within=dividing if zero3 else None)
     append_moe(model, config.moe, config.seed, within=dividing if zero3 else None)
     _add_rows(model, config.model, rows, extension, dividing if zero3 else None)
     if config.train.parts != "all":
@@ -150,9 +153,14 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     return {"total": total, "trainable": trainable, "active": total - idle}
 
 
+def holds_base(model: nn.Module) -> bool:
+    """Whether what trains stands apart from the base, so that one model is both."""
+    return bool(modules_of(model) or lora_layers(model) or inserted_blocks(model))
+
+
 @contextmanager
 def base_view(model: nn.Module):
-    """Inside, the model computes what its base computes, where the method keeps the base (`moe-ct`, `lora`).
+    """Inside, the model computes what its base computes, where `holds_base`.
 
     Raises:
         UnsupportedModelError: everything was trained, so the base is not in the model any more.
@@ -168,6 +176,9 @@ def base_view(model: nn.Module):
         finally:
             for layer in lora_layers(model):
                 layer.enable_adapters(True)
+    elif inserted_blocks(model):
+        with without_inserted(model):
+            yield model
     else:
         raise UnsupportedModelError("a model trained in full does not hold its base; load the base by itself")
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 from torch import nn
 
 from moect.errors import UnsupportedModelError
@@ -53,3 +56,16 @@ def check_config(config) -> None:
 def blocks_of(model: nn.Module) -> nn.ModuleList:
     """The decoder blocks of a supported causal LM."""
     return model.model.layers
+
+
+def config_of_blocks(config, blocks: Sequence[int]):
+    """A Hugging Face config of a model made of these blocks of another one, in this order."""
+    some = copy.deepcopy(config)
+    some.num_hidden_layers = len(blocks)
+    if getattr(config, "layer_types", None) is not None:
+        some.layer_types = [config.layer_types[i] for i in blocks]
+    if hasattr(config, "max_window_layers"):
+        some.max_window_layers = len(blocks)  # layer_types says which
+    if getattr(config, "mlp_only_layers", None):
+        some.mlp_only_layers = [n for n, i in enumerate(blocks) if i in config.mlp_only_layers]
+    return some

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from moect.model.block_expansion import all_blocks
 from moect.model.embeddings import rows_of
-from moect.model.families import blocks_of
 
 
 def training_flops_per_token(
@@ -40,8 +40,8 @@ def training_flops_per_token(
     weight_gradient += row_products if rows and rows[-1].delta.requires_grad else 0
     blocks = attention_total = again = 0.0
     below_trains = embeddings_train or recompute
-    for block in blocks_of(model):
-        cost, trained = _matmul_flops(block)
+    for block, parameters in all_blocks(model):
+        cost, trained = _matmul_flops(block, parameters)
         blocks += cost
         attention_total += attention
         if getattr(block, "moe", None) is not None and block.moe.listens:  # the gate's context, without gradient
@@ -52,8 +52,8 @@ def training_flops_per_token(
         if below_trains:
             input_gradient += cost + 2 * attention
         elif trained:
-            # nothing below wants a gradient, but within the block it flows to what trains; the module is what trains
-            input_gradient += trained
+            # nothing below wants a gradient, but within the block it flows to what trains
+            input_gradient += trained + 2 * attention * block.self_attn.v_proj.weight.requires_grad
         below_trains = below_trains or trained > 0
         again += (cost + attention) * recompute
     forward += blocks + attention_total
@@ -61,12 +61,12 @@ def training_flops_per_token(
     return round(forward + again + input_gradient + weight_gradient)
 
 
-def _matmul_flops(block: nn.Module) -> tuple[float, float]:
+def _matmul_flops(block: nn.Module, parameters: list[nn.Parameter]) -> tuple[float, float]:
     """(all, of weights that train): forward operations of a block's matrix products for one token."""
     cost = trained = 0.0
     moe = getattr(block, "moe", None)
     expert_names = {id(p) for p in moe.experts.parameters()} if moe is not None else set()
-    for parameter in block.parameters():
+    for parameter in parameters:
         if parameter.dim() < 2:
             continue
         share = moe.config.top_k / moe.config.experts if id(parameter) in expert_names else 1

@@ -12,9 +12,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from moect.export.targets.form import EMBEDDING, HEAD, Subject, config_of_blocks
+from moect.export.targets.form import EMBEDDING, HEAD, Subject
 from moect.model.append import append_moe, modules_of
 from moect.model.embeddings import append_counted_rows
+from moect.model.families import config_of_blocks
 
 
 def assemble(subject: Subject, tensors: Mapping[str, Tensor], blocks: range | None = None) -> nn.Module:

@@ -6,7 +6,6 @@ E experts of width F beside an FFN of width F_base, D width; a block's tensors i
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -137,19 +136,6 @@ class Target(ABC):
     def outside(self, subject: Subject, names: list[str]) -> list[Piece]:
         """The tensors outside all blocks, whose names in training are given."""
         return [Piece(name, (name,)) for name in names]
-
-
-def config_of_blocks(config, blocks: range):
-    """A Hugging Face config for some of a model's blocks."""
-    some = copy.deepcopy(config)
-    some.num_hidden_layers = len(blocks)
-    if getattr(config, "layer_types", None) is not None:
-        some.layer_types = [config.layer_types[i] for i in blocks]
-    if hasattr(config, "max_window_layers"):
-        some.max_window_layers = len(blocks)  # layer_types says which
-    if getattr(config, "mlp_only_layers", None):
-        some.mlp_only_layers = [n for n, i in enumerate(blocks) if i in config.mlp_only_layers]
-    return some
 
 
 def power_of_two(factor: float) -> bool:

@@ -18,11 +18,10 @@ from moect.export.targets.form import (
     Subject,
     Support,
     Target,
-    config_of_blocks,
     power_of_two,
 )
 from moect.model.build import DTYPES
-from moect.model.families import SUPPORTED
+from moect.model.families import SUPPORTED, config_of_blocks
 
 # of a base's config, what every architecture of transformers calls the same
 KEPT = (

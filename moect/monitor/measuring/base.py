@@ -11,8 +11,7 @@ from torch import nn
 
 from moect.config import RunConfig
 from moect.distributed import is_main, together
-from moect.model.append import modules_of
-from moect.model.build import DTYPES, base_view, load_base, lora_layers
+from moect.model.build import DTYPES, base_view, holds_base, load_base
 from moect.monitor.measuring.exactness import Base
 
 log = logging.getLogger("moect.monitor")
@@ -33,7 +32,7 @@ def base_of(model: nn.Module, config: RunConfig, wanted: bool = True) -> Iterato
     """
     if not wanted:
         yield None
-    elif modules_of(model) or lora_layers(model):
+    elif holds_base(model):
         yield lambda: base_view(model)
     elif config.train.zero_stage == 3:
         _say_once("the base is not held beside a model that is trained whole with ZeRO 3: logits are not compared")

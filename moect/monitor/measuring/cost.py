@@ -12,6 +12,7 @@ from moect.data.reading.evaluation import EvaluationText, is_at_hand, load_evalu
 from moect.data_config import source_key
 from moect.errors import DataError
 from moect.model.append import modules_of
+from moect.model.block_expansion import MARK, all_blocks
 from moect.model.embeddings import rows_of
 from moect.model.families import blocks_of
 from moect.monitor.measuring.windows import cut_windows, tokenise
@@ -63,14 +64,15 @@ def forward_flops(model: nn.Module, passes: Passes, module: bool = True) -> int:
     met = modules_of(model)[0].config.top_k / modules_of(model)[0].config.experts if experts else 1
     products = 0.0
     for name, parameter in blocks_of(model).named_parameters():
-        if parameter.dim() < 2 or (not module and (id(parameter) in added or "lora_" in name)):
+        if parameter.dim() < 2 or (not module and (id(parameter) in added or "lora_" in name or MARK in name)):
             continue
         products += 2 * parameter.numel() * (met if id(parameter) in experts else 1)
     rows = rows_of(model) if module else []
     head = 2 * model.lm_head.weight.numel() + (2 * rows[-1].delta.numel() if rows else 0)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    blocks = len(list(all_blocks(model))) if module else len(blocks_of(model))
     # scores, and their mix of values; a token attends to half of its window on average
-    attention = 2 * 2 * config.num_attention_heads * head_dim * len(blocks_of(model)) * passes.squares / 2
+    attention = 2 * 2 * config.num_attention_heads * head_dim * blocks * passes.squares / 2
     return round(products * passes.tokens + head * passes.predictions + attention)
 
 

@@ -18,6 +18,7 @@ FIXED = (
     "model.train_embeddings",
     "moe",
     "lora",
+    "expansion",
     "data.languages",
     "data.train",
     "data.sequence_length",
@@ -39,7 +40,7 @@ FREE = (
 )
 FREE_MOE = ("dispatch", "gate_threshold")
 # what decides which tensors train: another run can begin with them only where these are equal
-SHAPE = ("method", "model.extend_tokenizer", "model.train_embeddings", "moe", "lora")
+SHAPE = ("method", "model.extend_tokenizer", "model.train_embeddings", "moe", "lora", "expansion")
 
 
 def check_same_run(info: dict, config: RunConfig, fingerprint: str, where: str) -> list[str]:
