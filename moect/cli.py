@@ -155,6 +155,18 @@ def kernels(arguments: argparse.Namespace) -> None:
         print(f"{device}: {library(device)}")
 
 
+def study(arguments: argparse.Namespace) -> None:
+    """Run the methods of a study on one base, several at a time, each at the learning rate that pilots find for it."""
+    from moect.study.plan import Study
+    from moect.study.runner import Runner
+
+    runner = Runner(Study(arguments.file), arguments.jobs, arguments.only)
+    if arguments.list:
+        print(*(f"{job.kind:<8} {job.name}" for job in runner.jobs()), sep="\n")
+    else:
+        runner.go()
+
+
 def compare(arguments: argparse.Namespace) -> None:
     """Put runs side by side: what each gained, lost and cost, and every held-out text."""
     from moect.monitor.comparing.comparison import compare as compare_runs
@@ -287,6 +299,14 @@ def _parser() -> argparse.ArgumentParser:
 
     made = command(report)
     made.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run")
+
+    made = command(study, epilog="interrupted, it goes on with the same command; docs/study.md has an example")
+    made.add_argument("file", type=Path, metavar="FILE.yaml", help="what the study is: see configs/study")
+    made.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="methods or runs, with * (default: all)")
+    made.add_argument(
+        "--jobs", type=_positive, metavar="N", help="runs at a time (default: one a GPU; without one, one a core)"
+    )
+    made.add_argument("--list", action="store_true", help="only say what can be run now and is not done")
 
     made = command(compare)
     made.add_argument("run_folders", type=Path, nargs="+", metavar="RUN", help="folders of runs on one base")

@@ -21,6 +21,11 @@ class GateConfig:
         "find the gate's threshold at each checkpoint, so that no more than this share of the documents of each old "
         "language has a token that passes, judged by `data.calibration`; null: it is `moe.gate_threshold`",
     )
+    telling_tokens: bool = option(
+        True,
+        "tokens with rows of their own (`model.train_embeddings`) that the old languages' text in `data.train` never "
+        "has open the gate by themselves, and these rows count from the embedding on",
+    )
     confidence: float = option(
         0.95, "probability with which that holds for other text of the same kind, which takes a margin"
     )

@@ -58,7 +58,7 @@ def load_stages(path: str | Path, overrides: list[str] = ()) -> list[RunConfig]:
     folder = Path(str(values.pop("output", RunConfig.output))) / group
     configs = []
     for number, stage in enumerate(stages):
-        merged = {**_merge(values, stage), "output": str(folder)}
+        merged = {**merge(values, stage), "output": str(folder)}
         for override in [o for o in overrides if o not in common]:
             wanted, rest = _of_stage(override, names)
             if wanted in (None, stage["name"]):
@@ -197,7 +197,7 @@ def is_finished(config: RunConfig) -> bool:
     from moect.train.checkpoints.reading import list_checkpoints, read_info
     from moect.train.checkpoints.same_run import check_same_run, check_same_start
 
-    if not _ended(config):
+    if not ended(config):
         return False
     try:
         info = read_info(list_checkpoints(config.folder / "checkpoints")[0])
@@ -262,7 +262,7 @@ def _skips(config: RunConfig, later: list[RunConfig]) -> bool:
     return False
 
 
-def _ended(config: RunConfig) -> bool:
+def ended(config: RunConfig) -> bool:
     """Whether the last thing that a run has logged is its last step."""
     try:
         last = json.loads((config.folder / "log.jsonl").read_bytes().rstrip().rpartition(b"\n")[2])
@@ -281,7 +281,7 @@ def _conclude(config: RunConfig, later: list[RunConfig]) -> bool:
     from moect.monitor.reporting.page.report import write_report
     from moect.monitor.reporting.tensorboard import write_end
 
-    finished = _ended(config)
+    finished = ended(config)
     try:
         for path in write_report(config.folder):
             print(f"wrote {path}", flush=True)
@@ -355,11 +355,12 @@ def _of_stage(override: str, names: list[str]) -> tuple[str | None, str]:
     return name, rest
 
 
-def _merge(under: dict, over: dict) -> dict:
+def merge(under: dict, over: dict) -> dict:
+    """Plain values of `over` in the place of those of `under`: mappings key by key, everything else replaced."""
     merged = copy.deepcopy(under)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else copy.deepcopy(value)
+        merged[key] = merge(merged[key], value) if both else copy.deepcopy(value)
     return merged
 
 
@@ -405,7 +406,7 @@ def _check_files(stages: list[RunConfig], held_out: bool = False) -> None:
     from moect.monitor.tasks.sources import check_tasks
 
     for config in stages:
-        if config.resume == "auto" and _ended(config):
+        if config.resume == "auto" and ended(config):
             continue
         of_monitor = (*config.data.evaluation, *config.data.calibration)
         for source in (*config.data.train, *(of_monitor if held_out or config.monitor.enabled else ())):

@@ -11,7 +11,7 @@ from tiny import disturb, logits, tiny_model, tokens
 from transformers import AutoModelForCausalLM
 
 from moect.config import config_from_dict
-from moect.data.tokens.unseen import unseen_tokens
+from moect.data.tokens.unseen import telling_tokens, unseen_tokens
 from moect.data.vocabulary.extended_tokenizer import Extension
 from moect.data_config import DataConfig, SourceConfig
 from moect.errors import ConfigError
@@ -33,10 +33,12 @@ def base(tied: bool, family="qwen3", **changes):
     return tiny_model(family, initializer_range=0.2, tie_word_embeddings=tied, pad_token_id=None, **changes)
 
 
-def with_rows(tied=False, ids=CHOSEN, first_id=V, pieces=PIECES, gate=False, disturbed=True, family="qwen3", **changes):
+def with_rows(
+    tied=False, ids=CHOSEN, first_id=V, pieces=PIECES, gate=False, disturbed=True, family="qwen3", opening=(), **changes
+):
     """A tiny model with rows, whose experts do nothing as yet; `disturbed`: everything that trains has moved."""
     model = append_moe(base(tied, family, **changes), MoeConfig(fusion="add", language_gate=gate, width=16))
-    append_rows(model, ids, first_id, pieces)
+    append_rows(model, ids, first_id, pieces, opening=opening)
     if disturbed:
         disturb(model, scale=0.3)
     return model.eval()
@@ -223,11 +225,13 @@ def test_tokens_before_the_first_open_one_keep_the_base_s_bits():
     assert not torch.equal(got[open_BS], expected[open_BS])
 
 
+@pytest.mark.parametrize("opening", [(), (7, 50)], ids=["", "some open it"])
 @pytest.mark.parametrize("training", [False, True])
-def test_with_a_gate_the_rows_are_added_where_it_decides(training):
-    """Against the base with hooks: a stream that gets q·d_i behind its second block, and a head of other rows."""
+def test_with_a_gate_the_rows_are_added_where_it_decides(training, opening):
+    """Against the base with hooks: a stream that gets q·d_i behind its second block, and a head of other rows. Tokens
+    that open the gate have their rows in the embedding."""
     moe = MoeConfig(fusion="add", language_gate=True, width=16, layers=[1])
-    model = append_rows(append_moe(base(False), moe), CHOSEN)
+    model = append_rows(append_moe(base(False), moe), CHOSEN, opening=opening)
     disturb(model, scale=0.3)
     model.train(training)
     modules_of(model)[0].experts.down_proj.data.zero_()
@@ -236,15 +240,40 @@ def test_with_a_gate_the_rows_are_added_where_it_decides(training):
     q_BS = record.gate_logit_T.sigmoid().view(ids.shape)
     q_BS = q_BS if training else (q_BS > 0.5).float()
     assert q_BS.std() > 0.1
+    told_BS = torch.isin(ids, torch.tensor(opening))
+    assert told_BS.any() == bool(opening) and (q_BS[told_BS] == 1).all()
     embeddings, head = matrices(model)
     twin = base(False)
     change_BSD = q_BS[..., None] * (embeddings - twin.model.embed_tokens.weight.detach())[ids]
+    twin.model.embed_tokens.weight.data[list(opening)] = embeddings[list(opening)]
+    change_BSD = change_BSD.masked_fill(told_BS[..., None], 0)
     twin.model.layers[1].register_forward_hook(lambda block, inputs, output: output + change_BSD)
     with torch.no_grad():
         hidden_BSD = twin.model(ids, use_cache=False).last_hidden_state
         weight = twin.lm_head.weight
         expected = hidden_BSD @ weight.T + q_BS[..., None] * (hidden_BSD @ (head - weight).T)
     assert (got_BSV - expected).abs().max() < 1e-4
+
+
+def test_a_token_that_opens_the_gate_does_so_at_every_threshold_and_trains_no_gate():
+    model = with_rows(ids=EVERYTHING, pieces=[], gate=True, opening=[9, 60])
+    set_gate(model, -9.0)
+    model.moe_config.gate_threshold = 1 - 2**-53
+    ids, record = tokens(4, 30), ForwardRecord()
+    told_BS = torch.isin(ids, torch.tensor([9, 60]))
+    got, expected = logits(model, ids, moect_record=record), logits(base(False), ids)
+    assert torch.equal(record.open_T, told_BS.flatten()) and told_BS.any()
+    before_BS = ~told_BS.cummax(1).values
+    assert torch.equal(got[before_BS], expected[before_BS]) and before_BS.any()
+    assert (got != expected)[~before_BS].any(-1).all(), "what comes after has seen it"
+    with base_only(model):
+        assert torch.equal(logits(model, ids), expected)
+
+    model.train()
+    record = ForwardRecord()
+    model.model(ids, use_cache=False, moect_record=record)
+    old, new = losses.gate_sums(record.gate_logit_T, torch.ones(ids.numel(), dtype=torch.int8))
+    assert old == 0 and new.item() == pytest.approx((~told_BS).sum().item() * 9.000123, rel=1e-4)
 
 
 def test_with_all_rows_the_added_tokens_are_still_the_last(place):
@@ -394,6 +423,7 @@ def test_unseen_tokens_are_those_that_a_count_of_every_token_finds(monkeypatch):
     expected = [t for t in sorted(set(new[0].tolist())) if counts[t] <= len(of_old) / 1e6]
     found = unseen_tokens(config, stores, 100)
     assert found == expected and 71 in found and 70 not in found and len(found) > 20
+    assert telling_tokens(config, stores, 100) == [t for t in expected if counts[t] == 0] != expected
 
 
 def test_without_text_of_old_languages_unseen_is_refused():

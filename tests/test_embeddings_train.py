@@ -23,6 +23,7 @@ from moect.data.vocabulary.tokenizer import (
 from moect.errors import CheckpointError, ConfigError
 from moect.export.proof.assembled import assemble
 from moect.export.source import open_run
+from moect.monitor.rows import read_rows
 from moect.train.checkpoints.reading import read_info
 from moect.train.checkpoints.writing import save_checkpoint
 from moect.train.loop import train
@@ -139,6 +140,25 @@ def test_a_run_goes_on_with_the_rows_of_the_run_it_starts_from(place):
     other = {"train": [values[0], {**values[1], "limit": 3}]}  # too little text to choose the same tokens from
     second = train(place.config("second", model={"train_embeddings": "unseen", "start": str(first)}, data=other))
     assert torch.equal(tensors(first, 3, "module")[f"{HEAD}.ids"], tensors(second, 6, "module")[f"{HEAD}.ids"])
+
+
+@pytest.mark.parametrize("rows", ["unseen", "all"])
+def test_tokens_that_old_text_never_has_open_the_gate_in_run_resume_and_export(place, rows):
+    sections = {**GATE, "model": {"train_embeddings": rows}, "monitor": {"enabled": True}}
+    whole = train(place.config("whole", **sections))
+    ids, opens = (tensors(whole, 6, "module")[f"{EMBEDDING}.{name}"] for name in ("ids", "opens"))
+    assert ids[opens.bool()].tolist() == counted_by_hand(place)
+    train(place.config("run", **sections, train={"stop_after": 3}))
+    resumed = train(place.config("run", **sections, resume="auto"))
+    assert_same_bits(resumed, whole, 6)
+    assert export_run(whole).is_dir()  # where logits are compared with those of the model in training
+    of_new = next(row for row in read_rows(whole / "monitor") if row["lang"] == "cy" and row["step"] == 6)
+    assert of_new["open_share"] > 0.3
+    off = train(place.config("off", **sections, gate={"telling_tokens": False}, train={"steps": 3}))
+    assert not tensors(off, 3, "module")[f"{EMBEDDING}.opens"].any()
+    on = {**sections, "model": {**sections["model"], "start": str(off)}}
+    started = train(place.config("started", **on, train={"steps": 3}))
+    assert not tensors(started, 3, "module")[f"{EMBEDDING}.opens"].any(), "as where it started"
 
 
 def test_a_run_that_starts_from_another_gets_rows_for_what_only_its_own_text_has(place):

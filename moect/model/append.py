@@ -252,6 +252,7 @@ def begin_pass(decoder: nn.Module, input_ids: Tensor | None, kwargs: dict) -> No
         if input_ids is None:
             raise ValueError("tokens have rows of their own, which embeddings do not tell: give input_ids")
         record.late_BSD = rows(tokens=input_ids)
+        record.told_T = rows.opened_by(input_ids).flatten()
 
 
 def _begin_pass(decoder, args, kwargs):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Collection
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -101,7 +102,12 @@ def load_base(
 
 
 def build_model(
-    config: RunConfig, meta: bool = False, zero3: dict | None = None, rows: list[int] | None = None, extension=None
+    config: RunConfig,
+    meta: bool = False,
+    zero3: dict | None = None,
+    rows: list[int] | None = None,
+    extension=None,
+    opening: Collection[int] = (),
 ) -> nn.Module:
     """Base plus what `config.method` trains.
 
@@ -114,6 +120,8 @@ def build_model(
             them. None: it is not known which; shapes are made as if it were all of them, which is the most.
         extension: `moect.data.vocabulary.extended_tokenizer.Extension`, the tokens that were added to the base's, with
             what they are made of. None: no token was, or it is not known which; then there are as many as may be.
+        opening: the tokens that open the language gate, of those that have rows; where a checkpoint is read afterwards,
+            it says which.
 
     Returns:
         A transformers causal LM in `train.precision`; what trains has `requires_grad`.
@@ -135,7 +143,7 @@ def build_model(
     if config.method == "block-expansion":
         return insert_blocks(model, config.expansion, within=dividing if zero3 else None)
     append_moe(model, config.moe, config.seed, within=dividing if zero3 else None)
-    _add_rows(model, config.model, rows, extension, dividing if zero3 else None)
+    _add_rows(model, config.model, rows, extension, opening, dividing if zero3 else None)
     if config.train.parts != "all":
         train_parts(model, config.train.parts)
     return model
@@ -225,7 +233,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
     return model
 
 
-def _add_rows(model: nn.Module, config: ModelConfig, rows: list[int] | None, extension, within) -> nn.Module:
+def _add_rows(model: nn.Module, config: ModelConfig, rows: list[int] | None, extension, opening, within) -> nn.Module:
     """Rows of embedding and head, as `model.train_embeddings` and the added tokens want them."""
     V = model.model.embed_tokens.num_embeddings
     first_id, pieces = (
@@ -236,7 +244,7 @@ def _add_rows(model: nn.Module, config: ModelConfig, rows: list[int] | None, ext
         ids = [i for i in rows if i < V]
     if not ids and not pieces:
         return model
-    append_rows(model, ids, first_id, pieces, within)
+    append_rows(model, ids, first_id, pieces, within, opening)
     if config.train_embeddings == "none":
         for of_place in rows_of(model):
             of_place.requires_grad_(False)

@@ -23,13 +23,16 @@ The embedding of an added token is d_i whatever the gate says: there is no other
 not zero even where the gate is closed: old text, cut by the extended tokenizer, holds added tokens too, and no text may
 be impossible.
 
-U rows, of tokens `ids`, ascending; V rows of the base; A added tokens beyond it; B batch, S sequence, D width;
-N positions of which logits are wanted
+A token that old text never has needs no gate to tell: it opens the gate by itself, and its row counts from the
+embedding on. Old text does not notice, and a script that the base does not know is learned as if there were no gate.
+
+U rows, of tokens `ids`, ascending, some of which open the gate; V rows of the base; A added tokens beyond it; B batch,
+S sequence, D width; N positions of which logits are wanted
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -43,7 +46,8 @@ from moect.moe_config import MoeConfig
 
 
 class TokenRows(nn.Module):
-    """The differences of U rows, `delta` (U, D), of the tokens `ids` (U,) int64.
+    """The differences of U rows, `delta` (U, D), of the tokens `ids` (U,) int64; with a language gate also which of
+    them open it, `opens` (U,) uint8.
 
     Args:
         count: U.
@@ -60,19 +64,24 @@ class TokenRows(nn.Module):
         self.enabled = True
         self.delta = nn.Parameter(torch.empty(count, width))
         self.register_buffer("ids", torch.empty(count, dtype=torch.int64))
+        if config.language_gate:
+            self.register_buffer("opens", torch.empty(count, dtype=torch.uint8))
 
     @torch.no_grad()
-    def reset(self, ids_U: Tensor | None = None) -> None:
+    def reset(self, ids_U: Tensor | None = None, opening: Collection[int] = ()) -> None:
         """Start as the base's rows; added tokens with rows of zeros.
 
         Args:
             ids_U: the tokens; None: the first of the base, and the added ones.
+            opening: those that open the language gate.
         """
         if ids_U is None:
             inside = len(self.ids) - self.added
             ids_U = torch.cat([torch.arange(inside), torch.arange(self.base_rows, self.base_rows + self.added)])
         self.ids.copy_(ids_U)
         self.delta.zero_()
+        if self.config.language_gate:
+            self.opens.copy_(torch.isin(ids_U.cpu(), torch.tensor(sorted(opening), dtype=torch.int64)))
 
     @torch.no_grad()
     def start_from_pieces(self, weight_VD: Tensor, first_id: int, pieces: list[list[int]]) -> None:
@@ -86,8 +95,12 @@ class TokenRows(nn.Module):
 
     @property
     def late(self) -> bool:
-        """Whether the differences of the base's own tokens come after the gate."""
+        """Whether differences of the base's own tokens come after the gate."""
         return self.config.language_gate
+
+    def opened_by(self, tokens: Tensor) -> Tensor:
+        """Whether each token, int64 (…), opens the language gate by itself: bool (…)."""
+        return self._has(tokens, self._slots(tokens), self.opens.bool())
 
     def forward(
         self,
@@ -109,7 +122,7 @@ class TokenRows(nn.Module):
             Embeddings (…, D), or logits (N, V + A); or what is to be added where the gate is open, (…, D).
         """
         if base is None:
-            return self._rows_of(tokens, range(self._own))
+            return self._rows_of(tokens, ~self._early_U())
         if tokens is not None:
             return self._embeddings(base, tokens)
         return self._logits(base, hidden_ND, gate_logit_N)
@@ -117,17 +130,27 @@ class TokenRows(nn.Module):
     def _embeddings(self, base: Tensor, tokens: Tensor) -> Tensor:
         if self.added:
             base = base.masked_fill((tokens >= self.base_rows)[..., None], 0)
-        here = range(self._own, len(self.ids)) if self.late else range(len(self.ids))
-        return base + self._rows_of(tokens, here) if here else base
+        return base + self._rows_of(tokens, self._early_U() if self.late else None)
 
-    def _rows_of(self, tokens: Tensor, wanted: range) -> Tensor:
-        """The difference of each token, (…, D), zero where it has none among the `wanted` rows."""
-        slots = torch.searchsorted(self.ids, tokens)
-        if not self.added:  # the last token of the vocabulary need not be among ids
-            slots = slots.clamp_max(len(self.ids) - 1)
+    def _early_U(self) -> Tensor:
+        """The rows that count before the gate decides: of tokens that open it, and of those that have no other."""
+        return self.opens.bool() | (torch.arange(len(self.ids), device=self.ids.device) >= self._own)
+
+    def _rows_of(self, tokens: Tensor, wanted_U: Tensor | None) -> Tensor:
+        """The difference of each token, (…, D), zero where it has none among the `wanted` rows; None: all."""
+        slots = self._slots(tokens)
         delta = nn.functional.embedding(slots, self.delta)  # IndexError beyond the vocabulary, as everywhere
-        has_one = (self.ids[slots] == tokens) & (slots >= wanted.start) & (slots < wanted.stop)
-        return torch.where(has_one[..., None], delta, 0)
+        return torch.where(self._has(tokens, slots, wanted_U)[..., None], delta, 0)
+
+    def _slots(self, tokens: Tensor) -> Tensor:
+        """Where each token's row is, if it has one."""
+        slots = torch.searchsorted(self.ids, tokens)
+        # the last token of the vocabulary need not be among ids
+        return slots if self.added else slots.clamp_max(len(self.ids) - 1)
+
+    def _has(self, tokens: Tensor, slots: Tensor, wanted_U: Tensor | None) -> Tensor:
+        has_one = self.ids[slots] == tokens
+        return has_one if wanted_U is None else has_one & wanted_U[slots]
 
     @property
     def _own(self) -> int:
@@ -261,6 +284,7 @@ def append_rows(
     first_id: int = 0,
     pieces: list[list[int]] = (),
     within: Callable[[nn.Module, nn.Module], AbstractContextManager] | None = None,
+    opening: Collection[int] = (),
 ) -> nn.Module:
     """Give tokens rows of their own in embedding and head of an extended model, in place; they train.
 
@@ -272,6 +296,7 @@ def append_rows(
         first_id: of the tokens added to the vocabulary; spare rows of the base are used first.
         pieces: of each added token, the tokens that its text was before.
         within: as in `append_moe`, from the embedding (or head) and its rows.
+        opening: those of the tokens that open the language gate.
 
     Returns:
         The same model.
@@ -293,7 +318,7 @@ def append_rows(
         rows = place_rows(place, len(ids), len(beyond), spare, model.moe_config)
         if place.weight.device.type != "meta":
             with within(place, rows) if within else nullcontext():
-                rows.reset(torch.tensor(ids))
+                rows.reset(torch.tensor(ids), opening)
                 rows.start_from_pieces(place.weight, first_id, pieces)
     if not isinstance(model, ExtendedCausalLM):
         _mix_in(model, ExtendedCausalLM)

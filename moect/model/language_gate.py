@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 CONTEXT_LENGTH = 8  # typical of the context's components, as those of u have 1
+OPEN = 40.0  # the logit at a token that opens the gate by itself: above that of every threshold below 1
 PIECE = 2**20  # numbers of a weight that a CPU converts to fp32 at once
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from moect.errors import UnsupportedModelError
 from moect.model.experts import Experts
 from moect.model.fusion import Fusion
-from moect.model.language_gate import LanguageGate
+from moect.model.language_gate import OPEN, LanguageGate
 from moect.model.record import BlockRecord, ForwardRecord
 from moect.model.router import Router
 from moect.moe_config import MoeConfig
@@ -128,6 +128,8 @@ class MoEFFN(nn.Module):
         if self.language_gate is None:
             return record.gate_logit_T.to(u_TD.device)
         logit_T = self.language_gate(u_TD, record.context_TD)
+        if record.told_T is not None:
+            logit_T = logit_T.masked_fill(record.told_T.to(logit_T.device), OPEN)
         if record.gate_logit_T is None:
             record.gate_logit_T = logit_T
         return logit_T

@@ -43,7 +43,7 @@ from moect.train.objective import Objective
 from moect.train.run_lock import only_training
 from moect.train.signals import Signals
 from moect.train.step import Steps
-from moect.train.token_rows import decide_rows, extension_digest
+from moect.train.token_rows import decide_rows, extension_digest, opening_tokens
 from moect.train.watch import Watch
 
 log = logging.getLogger("moect.train")
@@ -106,7 +106,8 @@ class Run:
         rows = distributed.on_main(
             lambda: decide_rows(config, self.loader.stores, vocab_size, self.origin.checkpoint, self.origin.start)
         )
-        model = build_model(config, zero3=zero3, rows=rows, extension=self.extension)
+        opening = distributed.on_main(lambda: opening_tokens(config, self.loader.stores, vocab_size))
+        model = build_model(config, zero3=zero3, rows=rows, extension=self.extension, opening=opening)
         # a divided parameter is empty
         shapes = build_model(config, meta=True, rows=rows, extension=self.extension) if zero3 else model
         # before DeepSpeed gives all ranks the weights of rank 0

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moect.config import RunConfig
 from moect.data.tokens.store import TokenStore, find_store
-from moect.data.tokens.unseen import unseen_tokens
+from moect.data.tokens.unseen import telling_tokens, unseen_tokens
 from moect.data.vocabulary.extended_tokenizer import Extension, extension_of
 from moect.errors import CheckpointError
 from moect.train.checkpoints.reading import Tensors
@@ -51,6 +51,17 @@ def decide_rows(
     return rows
 
 
+def opening_tokens(config: RunConfig, stores: list[TokenStore], vocab_size: int) -> list[int]:
+    """The tokens that open the language gate by themselves, of those that have rows; [] where there is no such thing.
+
+    Args:
+        config, stores, vocab_size: as in `decide_rows`.
+    """
+    if not config.has_language_gate or config.model.train_embeddings == "none" or not config.gate.telling_tokens:
+        return []
+    return telling_tokens(config.data, stores, vocab_size)
+
+
 def planned_rows(config: RunConfig, tokenizer, cache_folder: Path) -> dict:
     """What can be told to `build_model` of rows and added tokens before the run: as far as the tokenizer and the token
     stores are there. Nothing is made. Where `rows` or `extension` is missing, the model has as many as there can be.
@@ -78,21 +89,25 @@ def kept_rows(checkpoint: Path) -> list[int]:
     return tensors[IDS].tolist() if IDS in tensors else []
 
 
-def widen_rows(tensors: dict[str, Tensor], ids: Tensor | None) -> dict[str, Tensor]:
+def widen_rows(tensors: dict[str, Tensor], of_model: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a checkpoint with rows for more tokens, those new ones differences of zero.
 
     Args:
         tensors: by name, as `read_module` gives them.
-        ids: (U,) int64, ascending, the tokens that have rows now, all of the checkpoint's among them; None: none has.
+        of_model: the model's buffers by name; the tokens that have rows now, all of the checkpoint's among them. Those
+            of the checkpoint open the gate or not as they did there.
     """
-    if ids is None or IDS not in tensors:
+    if IDS not in of_model or IDS not in tensors:
         return tensors
-    wider, places = dict(tensors), torch.searchsorted(ids.cpu(), tensors[IDS])
+    wider, places = dict(tensors), torch.searchsorted(of_model[IDS].cpu(), tensors[IDS])
     for name in tensors:
         if name.endswith(".rows.ids"):
-            wider[name] = ids.cpu().clone()
+            wider[name] = of_model[name].cpu().clone()
+        elif name.endswith(".rows.opens"):
+            wider[name] = of_model[name].cpu().clone()
+            wider[name][places] = tensors[name]
         elif name.endswith(".rows.delta"):
-            wider[name] = tensors[name].new_zeros(len(ids), tensors[name].shape[1])
+            wider[name] = tensors[name].new_zeros(len(of_model[IDS]), tensors[name].shape[1])
             wider[name][places] = tensors[name]
     return wider
 

@@ -26,15 +26,30 @@ def unseen_tokens(config: DataConfig, stores: list[TokenStore], vocab_size: int)
     Raises:
         ConfigError: there is no text of old languages to compare with.
     """
-    counts_V = {role: np.zeros(vocab_size, dtype=np.int64) for role in ("old", "new")}
-    for source, store in zip(config.train, stores, strict=True):
-        of_role_V = counts_V[config.languages[source.lang]]
-        for start in range(0, store.n_tokens, AT_ONCE):
-            of_role_V += np.bincount(store.tokens[start : start + AT_ONCE], minlength=vocab_size)
-    if not counts_V["old"].any():
+    new_V, old_V = _counts(config, stores, vocab_size)
+    if not old_V.any():
         raise ConfigError(
             "`model.train_embeddings: unseen` compares with text of old languages, and `data.train` has none; add "
             "some, or set it to `all` or `none`"
         )
-    unseen_V = (counts_V["new"] > 0) & (counts_V["old"] <= SHARE * counts_V["old"].sum())
-    return unseen_V.nonzero()[0].tolist()
+    return ((new_V > 0) & (old_V <= SHARE * old_V.sum())).nonzero()[0].tolist()
+
+
+def telling_tokens(config: DataConfig, stores: list[TokenStore], vocab_size: int) -> list[int]:
+    """Tokens of the new languages' text that the old languages' text never has, ascending: they tell a text as new.
+
+    Args:
+        config, stores, vocab_size: as `unseen_tokens`; there is text of old languages.
+    """
+    new_V, old_V = _counts(config, stores, vocab_size)
+    return ((new_V > 0) & (old_V == 0)).nonzero()[0].tolist()
+
+
+def _counts(config: DataConfig, stores: list[TokenStore], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each token occurs in text of new and of old languages, int64 (V,)."""
+    counts_V = {role: np.zeros(vocab_size, dtype=np.int64) for role in ("new", "old")}
+    for source, store in zip(config.train, stores, strict=True):
+        of_role_V = counts_V[config.languages[source.lang]]
+        for start in range(0, store.n_tokens, AT_ONCE):
+            of_role_V += np.bincount(store.tokens[start : start + AT_ONCE], minlength=vocab_size)
+    return counts_V["new"], counts_V["old"]

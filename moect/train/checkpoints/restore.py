@@ -24,7 +24,7 @@ from moect.train.checkpoints.same_run import check_same_run, check_same_start, c
 from moect.train.checkpoints.writing import clear, put_back, rotate
 from moect.train.health.judge import steps_taken
 from moect.train.step import Steps
-from moect.train.token_rows import IDS, check_extension, widen_rows
+from moect.train.token_rows import check_extension, widen_rows
 
 log = logging.getLogger("moect.checkpoint")
 
@@ -114,8 +114,7 @@ def finish_save(config: RunConfig, step: int) -> None:
 
 def begin_from(path: Path, steps: Steps) -> None:
     """Take what trains, and nothing else, from another run's checkpoint."""
-    ids = dict(reading.carried_tensors(steps.objective.model)).get(IDS)
-    tensors = widen_rows(reading.read_module(path), ids)
+    tensors = widen_rows(reading.read_module(path), dict(reading.carried_tensors(steps.objective.model)))
     trains = [name for name, _ in state.trainable_parameters(steps.engine) if name in tensors]
     moments = {f"{m}.{name}": torch.zeros_like(tensors[name]) for name in trains for m in state.MOMENTS}
     tensors |= moments

@@ -1,0 +1,213 @@
+"""What a study is: a file that names a base, what all runs share, and what makes each of them different.
+
+    name: study
+    base: base.yaml                     a run that makes the base; its export is what all others extend
+    extend: extend.yaml                 what all runs share
+    seeds: [0, 1, 2]
+    pilot:                              short runs that choose each method's learning rate
+      rates: [1.0e-3, 2.0e-3, 4.0e-3]
+      set: {train: {steps: 150}}        their keys over those of the method
+    curve: {train: {save_every: 150}}   keys of a method's first seed, which is measured on the way
+    methods:                            with every seed
+      - {name: full, method: full, about: what it is, …}
+    variants:                           with the first seed, at the rate of the method that each is like
+      - {name: replay-1, like: language-gate, data: {replay: 0.01}}
+
+Keys beside name, about, like and rate are the configuration's own, over the shared ones; `stages` makes several of one
+run. `rate` is a learning rate that needs no pilot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from moect.config import STRICT, RunConfig, read_values
+from moect.errors import ConfigError
+from moect.stages import merge
+
+OWN = ("name", "about", "like", "rate")  # keys of a method that are not the configuration's
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of the study.
+
+    Attributes:
+        name: of the line.
+        about: what it is, in a few words.
+        values: its configuration without name, output, seed, base and learning rate.
+        like: the method whose learning rate it takes; None: its own.
+        rate: the learning rate, where it is given.
+    """
+
+    name: str
+    about: str
+    values: dict
+    like: str | None
+    rate: float | None
+
+
+@dataclass
+class Pilot:
+    """How learning rates are chosen.
+
+    Attributes:
+        rates: those that are tried first.
+        set: keys of the pilot runs, over those of the method.
+    """
+
+    __pydantic_config__ = STRICT
+    rates: list[float]
+    set: dict
+
+
+@dataclass
+class StudyFile:
+    """A study's file as it is read."""
+
+    __pydantic_config__ = STRICT
+    name: str
+    base: str
+    extend: str
+    methods: list[dict]
+    pilot: Pilot
+    seeds: list[int] = dataclasses.field(default_factory=lambda: [0])
+    curve: dict = dataclasses.field(default_factory=dict)
+    variants: list[dict] = dataclasses.field(default_factory=list)
+    output: str = RunConfig.output
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of the study.
+
+    Attributes:
+        name: of the run, and of its folder.
+        kind: `base`, and its `export`; `pilot` of a learning rate; `method` and `variant`, the runs that count.
+        values: the configuration, whole.
+        method: whose run it is; empty for the base.
+        rate: the learning rate.
+        seed: of the run.
+    """
+
+    name: str
+    kind: Literal["base", "export", "pilot", "method", "variant"]
+    values: dict
+    method: str
+    rate: float
+    seed: int
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps, of all its stages."""
+        if self.kind == "export":
+            return 0
+        default = self.values.get("train", {}).get("steps", 1000)
+        stages = self.values.get("stages", [{}])
+        return sum(stage.get("train", {}).get("steps", default) for stage in stages)
+
+    @property
+    def last_stage(self) -> str:
+        """The folder of the run's last stage, within the study's."""
+        stages = self.values.get("stages")
+        return f"{self.name}/{stages[-1]['name']}" if stages else self.name
+
+
+class Study:
+    """A study, read from its file.
+
+    Args:
+        path: the file; the files that it names lie beside it.
+
+    Attributes:
+        folder: all runs lie in it, the base's too.
+        methods, variants: by name, in the order of the file.
+        seeds, pilot: as in the file.
+
+    Raises:
+        ConfigError: a file cannot be read, or something in it cannot be meant.
+    """
+
+    def __init__(self, path: Path):
+        from pydantic import TypeAdapter, ValidationError
+
+        try:
+            file = TypeAdapter(StudyFile).validate_python(read_values(path))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise ConfigError(f"{path}: `{key}`: {first['msg'][0].lower()}{first['msg'][1:]}") from error
+        self.path = Path(path)
+        self.folder = Path(file.output) / file.name
+        self.seeds, self.pilot, self.curve = file.seeds, file.pilot, file.curve
+        self._base, self._shared = (read_values(self.path.parent / name) for name in (file.base, file.extend))
+        self.methods = {m.name: m for m in map(self._method, file.methods)}
+        self.variants = {m.name: m for m in map(self._method, file.variants)}
+        self._check(file)
+
+    def base(self) -> Job:
+        """The run that makes the base."""
+        values = {**self._base, "name": "base", "output": str(self.folder), "resume": "auto"}
+        return Job("base", "base", values, "", values.get("train", {}).get("lr", 0.0), values.get("seed", 0))
+
+    def base_export(self) -> Job:
+        """Writes the base as what the others extend."""
+        return Job("base/export", "export", {}, "", 0.0, 0)
+
+    def pilot_job(self, method: str, rate: float) -> Job:
+        """A short run of a method at a learning rate; of one in stages, the first."""
+        values = self._of(self.methods[method], rate, self.seeds[0])
+        stages = values.pop("stages", None)
+        if stages:
+            values = merge(values, {key: value for key, value in stages[0].items() if key != "name"})
+        values = merge(values, self.pilot.set)
+        values["train"]["lr"] = rate
+        return self._job(f"pilot-{method}-{rate:g}", "pilot", values, method, rate, self.seeds[0])
+
+    def method_job(self, method: str, rate: float, seed: int) -> Job:
+        """A run of a method; that of the first seed is measured on the way."""
+        values = self._of(self.methods[method], rate, seed)
+        if seed == self.seeds[0]:
+            values = merge(values, self.curve)
+        return self._job(f"{method}-{seed}", "method", values, method, rate, seed)
+
+    def variant_job(self, variant: str, rate: float) -> Job:
+        """A run of a variant."""
+        made = self.variants[variant]
+        return self._job(variant, "variant", self._of(made, rate, self.seeds[0]), made.like or "", rate, self.seeds[0])
+
+    def _method(self, values: dict) -> Method:
+        name = values.get("name")
+        if not isinstance(name, str) or not name or "/" in name or name.startswith("."):
+            raise ConfigError(f"{self.path}: a method's name is {name!r}: give a plain folder name")
+        like = values.get("like")
+        own = {key: value for key, value in values.items() if key not in OWN}
+        return Method(name, str(values.get("about", "")), own, like, values.get("rate"))
+
+    def _of(self, method: Method, rate: float, seed: int) -> dict:
+        values = self._shared
+        if method.like:
+            values = merge(values, self.methods[method.like].values)
+        values = merge(merge(values, method.values), {"model": {"base": str(self.folder / "base" / "export")}})
+        return merge(values, {"seed": seed, "train": {"lr": rate}})
+
+    def _job(self, name: str, kind, values: dict, method: str, rate: float, seed: int) -> Job:
+        values = {**values, "name": name, "output": str(self.folder), "resume": "auto"}
+        return Job(name, kind, values, method, rate, seed)
+
+    def _check(self, file: StudyFile) -> None:
+        names = [m.name for m in (*self.methods.values(), *self.variants.values())]
+        given = len(file.methods) + len(file.variants)
+        if len(set(names)) < given or "base" in names:
+            raise ConfigError(f"{self.path}: two methods have one name, or one is called `base`; give each its own")
+        if not self.methods or not self.seeds or not self.pilot.rates:
+            raise ConfigError(f"{self.path}: needs at least one of methods, one of seeds and one of pilot.rates")
+        for method in (*self.methods.values(), *self.variants.values()):
+            if method.like and method.like not in self.methods:
+                raise ConfigError(f"{self.path}: {method.name} is like {method.like!r}, which is no method")
+        for variant in self.variants.values():
+            if not variant.like and variant.rate is None:
+                raise ConfigError(f"{self.path}: {variant.name} needs `like`, whose learning rate it takes, or `rate`")

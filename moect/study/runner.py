@@ -1,0 +1,215 @@
+"""The runs of a study, several at a time, each a process of its own; interrupted, the same command goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+import yaml
+
+from moect.config import load_config
+from moect.errors import MoectError
+from moect.processes import available_cores
+from moect.stages import ended
+from moect.study.plan import Job, Study
+from moect.study.rates import best_rate, next_rates, tried_rates
+from moect.train.meters import duration
+
+POLL = 0.5  # seconds
+TAIL = 5  # lines of a failed run's log that are shown
+
+
+class StudyFailed(MoectError):
+    """Runs of a study did not end well; the others did."""
+
+    exit_code = 1
+
+
+@dataclass
+class Running:
+    """A run under way, and where it runs."""
+
+    job: Job
+    process: subprocess.Popen
+    slot: int
+    since: float
+
+
+class Runner:
+    """Runs a study.
+
+    Args:
+        study: which.
+        at_once: runs side by side; None: one a GPU, and on a machine without one a core each, as far as memory goes.
+        only: patterns of names, of runs or methods; empty: all of them.
+    """
+
+    def __init__(self, study: Study, at_once: int | None = None, only: list[str] = ()):
+        import torch
+
+        self.study, self.only = study, list(only)
+        self.gpus = torch.cuda.device_count()
+        self.at_once = at_once or self.gpus or min(available_cores(), 8)
+        self.threads = max(1, available_cores() // self.at_once)
+        self.running: dict[str, Running] = {}
+        self.failed: dict[str, int] = {}
+        self.taken: list[tuple[int, float]] = []  # steps and seconds of those that ended here
+        self.stopping = 0
+
+    def go(self) -> None:
+        """Run what is not done, in the order of importance.
+
+        Raises:
+            StudyFailed: some did not end well.
+            KeyboardInterrupt: it was asked to stop; every run has its checkpoint.
+        """
+        before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self._tell_state()
+            while not self.stopping:
+                free = self.at_once - len(self.running)
+                ready = [job for job in self.jobs() if job.name not in self.running and job.name not in self.failed]
+                for job in ready[:free]:
+                    self._start(job)
+                if not self.running:
+                    break
+                self._wait()
+            while self.running:
+                self._wait()
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+        if self.stopping:
+            raise KeyboardInterrupt
+        if self.failed:
+            raise StudyFailed(
+                f"{len(self.failed)} run(s) did not end well: {', '.join(self.failed)}; their output is in "
+                f"{self.study.folder / 'logs'}; the same command tries again"
+            )
+
+    def jobs(self) -> list[Job]:
+        """What can be run now and is not done, the most important first: the base; pilots; the methods with their
+        first seed, then the next; variants."""
+        study = self.study
+        for job in (study.base(), study.base_export()):
+            if not self._done(job):
+                return [job]
+        jobs, rates = [], {}
+        for name, method in study.methods.items():
+            if method.rate is not None:
+                rates[name] = method.rate
+            elif method.like is None and self._wanted_for(name):
+                tried = tried_rates(study, name, lambda run: (study.folder / run).is_dir())
+                trying = [rate for rate, found in tried.items() if found is None]
+                more = next_rates(tried, study.pilot.rates)
+                jobs += [study.pilot_job(name, rate) for rate in (*trying, *more)]
+                if not trying and not more:
+                    rates[name] = best_rate(tried)
+        for name, method in study.methods.items():
+            if method.like in rates:
+                rates.setdefault(name, rates[method.like])
+        jobs += [
+            study.method_job(name, rates[name], seed) for seed in study.seeds for name in study.methods if name in rates
+        ]
+        for name, variant in study.variants.items():
+            rate = variant.rate if variant.rate is not None else rates.get(variant.like)
+            jobs += [study.variant_job(name, rate)] if rate is not None else []
+        return [job for job in jobs if self._wanted(job) and not self._done(job)]
+
+    def _wanted(self, job: Job) -> bool:
+        return job.kind == "pilot" or self._matches(job.name, job.method if job.kind == "method" else "")
+
+    def _wanted_for(self, method: str) -> bool:
+        """Whether a run is wanted that needs the method's learning rate."""
+        study = self.study
+        like = [n for n, m in study.methods.items() if m.like == method]
+        runs = [f"{n}-{seed}" for n in (method, *like) for seed in study.seeds]
+        variants = [n for n, v in study.variants.items() if v.like == method and v.rate is None]
+        return self._matches(method, *like, *runs, *variants, f"pilot-{method}")
+
+    def _matches(self, *names: str) -> bool:
+        return not self.only or any(fnmatch(name, pattern) for name in names for pattern in self.only)
+
+    def _done(self, job: Job) -> bool:
+        folder = self.study.folder / job.last_stage
+        if job.kind == "export":
+            return (folder / "config.json").is_file()
+        return (folder / "config.yaml").is_file() and ended(load_config(folder / "config.yaml"))
+
+    def _start(self, job: Job) -> None:
+        logs = self.study.folder / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        command = ["export", str(self.study.folder / "base")]
+        if job.kind != "export":
+            config = logs / f"{job.name}.yaml"
+            config.write_text(yaml.safe_dump(job.values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+            command = ["train", "--config", str(config)]
+        slot = min(set(range(self.at_once)) - {r.slot for r in self.running.values()})
+        env = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
+        if self.gpus:
+            env["CUDA_VISIBLE_DEVICES"] = str(slot % self.gpus)
+        with (logs / f"{job.name}.log").open("a", encoding="utf-8") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "moect.cli", *command],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=env,
+                start_new_session=True,  # Ctrl-C reaches this process alone, which tells them
+            )
+        self.running[job.name] = Running(job, process, slot, time.monotonic())
+        print(f"start  {job.name}", flush=True)
+
+    def _wait(self) -> None:
+        """Until one of those under way has ended, or this process is asked to stop."""
+        asked = self.stopping
+        while self.stopping == asked:
+            if over := [r for r in self.running.values() if r.process.poll() is not None]:
+                for one in over:
+                    self._end(one)
+                return
+            time.sleep(POLL)
+
+    def _end(self, one: Running) -> None:
+        name, code, seconds = one.job.name, one.process.returncode, time.monotonic() - one.since
+        del self.running[name]
+        if code == 0 and self._done(one.job):
+            self.taken.append((one.job.steps, seconds))
+            print(f"done   {name:<40} {duration(seconds):>8}{self._eta()}", flush=True)
+        elif self.stopping:
+            print(f"stop   {name}", flush=True)
+        else:
+            self.failed[name] = code
+            path = self.study.folder / "logs" / f"{name}.log"
+            print(f"FAILED {name} (exit code {code}); the end of {path}:", flush=True)
+            print(
+                *(f"    {line}" for line in path.read_text(errors="replace").splitlines()[-TAIL:]), sep="\n", flush=True
+            )
+
+    def _eta(self) -> str:
+        """By the time that steps have taken; pilots that will still turn out to be needed are not known."""
+        left = sum(job.steps for job in self.jobs())
+        if not left or not self.taken:
+            return ""
+        seconds = left * sum(s for _, s in self.taken) / sum(n for n, _ in self.taken) / self.at_once
+        return f"   ETA {duration(seconds)}"
+
+    def _tell_state(self) -> None:
+        waiting = self.jobs()
+        each = f"{self.threads} thread{'s' * (self.threads > 1)}" if not self.gpus else "a GPU"
+        print(
+            f"{self.study.folder}: {len(waiting)} runs are known to be left, {self.at_once} at a time with {each} each"
+        )
+
+    def _stop(self, number, frame) -> None:
+        """Ask every run to write a checkpoint and end."""
+        self.stopping += 1
+        for one in self.running.values():
+            try:
+                os.killpg(one.process.pid, signal.SIGTERM)
+            except ProcessLookupError:
+                pass
