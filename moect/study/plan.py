@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from moect.config import STRICT, RunConfig, read_values
+from moect.config import STRICT, RunConfig, load_config, read_values
 from moect.errors import ConfigError
-from moect.stages import merge
+from moect.stages import ended, merge
 
 OWN = ("name", "about", "like", "rate")  # keys of a method that are not the configuration's
 
@@ -172,12 +172,19 @@ class Study:
         values = self._of(self.methods[method], rate, seed)
         if seed == self.seeds[0]:
             values = merge(values, self.curve)
-        return self._job(f"{method}-{seed}", "method", values, method, rate, seed)
+        return self._job(f"{method}-seed{seed}", "method", values, method, rate, seed)
 
     def variant_job(self, variant: str, rate: float) -> Job:
         """A run of a variant."""
         made = self.variants[variant]
         return self._job(variant, "variant", self._of(made, rate, self.seeds[0]), made.like or "", rate, self.seeds[0])
+
+    def done(self, job: Job) -> bool:
+        """Whether a run has come to its end."""
+        folder = self.folder / job.last_stage
+        if job.kind == "export":
+            return (folder / "config.json").is_file()
+        return (folder / "config.yaml").is_file() and ended(load_config(folder / "config.yaml"))
 
     def _method(self, values: dict) -> Method:
         name = values.get("name")
@@ -199,10 +206,12 @@ class Study:
         return Job(name, kind, values, method, rate, seed)
 
     def _check(self, file: StudyFile) -> None:
-        names = [m.name for m in (*self.methods.values(), *self.variants.values())]
-        given = len(file.methods) + len(file.variants)
-        if len(set(names)) < given or "base" in names:
-            raise ConfigError(f"{self.path}: two methods have one name, or one is called `base`; give each its own")
+        runs = [self.method_job(values["name"], 0.0, seed).name for values in file.methods for seed in self.seeds]
+        runs += ["base", "logs", *(values["name"] for values in file.variants)]
+        if twice := sorted({name for name in runs if runs.count(name) > 1}):
+            raise ConfigError(
+                f"{self.path}: two runs are called {twice[0]}; give each its own name, and each seed once"
+            )
         if not self.methods or not self.seeds or not self.pilot.rates:
             raise ConfigError(f"{self.path}: needs at least one of methods, one of seeds and one of pilot.rates")
         for method in (*self.methods.values(), *self.variants.values()):

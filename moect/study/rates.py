@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from moect.errors import MoectError
 from moect.monitor.reporting.figures import mean, role
 from moect.monitor.reporting.run_files import read_run
 from moect.study.plan import Study
@@ -22,13 +21,9 @@ def outcome(study: Study, method: str, rate: float) -> float | None:
     """What a finished pilot run came to, in bits per byte, less being better; infinite for one that came to nothing;
     None: it is not finished."""
     job = study.pilot_job(method, rate)
-    try:
-        run = read_run(study.folder / job.name)
-        if run.log.entries[-1].get("event") != "end":
-            return None
-    except (MoectError, IndexError):
+    if not study.done(job):
         return None
-    rows = [row for row in run.rows if row["step"] == job.steps]
+    rows = [row for row in read_run(study.folder / job.name).rows if row["step"] == job.steps]
     found = mean([row["bits_per_byte"] for row in role(rows, "new")])
     return math.inf if found is None or not math.isfinite(found) else found
 

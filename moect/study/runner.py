@@ -9,13 +9,13 @@ import sys
 import time
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from pathlib import Path
 
 import yaml
 
-from moect.config import load_config
 from moect.errors import MoectError
+from moect.locks import locked
 from moect.processes import available_cores
-from moect.stages import ended
 from moect.study.plan import Job, Study
 from moect.study.rates import best_rate, next_rates, tried_rates
 from moect.train.meters import duration
@@ -68,6 +68,19 @@ class Runner:
             StudyFailed: some did not end well.
             KeyboardInterrupt: it was asked to stop; every run has its checkpoint.
         """
+        logs = self.study.folder / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        with locked(logs / "lock", lambda: print(f"{self.study.folder}: waiting for another process that runs it")):
+            self._go()
+        if self.stopping:
+            raise KeyboardInterrupt
+        if self.failed:
+            raise StudyFailed(
+                f"{len(self.failed)} run(s) did not end well: {', '.join(self.failed)}; their output is in {logs}; the "
+                "same command tries again"
+            )
+
+    def _go(self) -> None:
         before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             self._tell_state()
@@ -84,20 +97,13 @@ class Runner:
         finally:
             for s, handler in before.items():
                 signal.signal(s, handler)
-        if self.stopping:
-            raise KeyboardInterrupt
-        if self.failed:
-            raise StudyFailed(
-                f"{len(self.failed)} run(s) did not end well: {', '.join(self.failed)}; their output is in "
-                f"{self.study.folder / 'logs'}; the same command tries again"
-            )
 
     def jobs(self) -> list[Job]:
         """What can be run now and is not done, the most important first: the base; pilots; the methods with their
         first seed, then the next; variants."""
         study = self.study
         for job in (study.base(), study.base_export()):
-            if not self._done(job):
+            if not self.study.done(job):
                 return [job]
         jobs, rates = [], {}
         for name, method in study.methods.items():
@@ -119,7 +125,7 @@ class Runner:
         for name, variant in study.variants.items():
             rate = variant.rate if variant.rate is not None else rates.get(variant.like)
             jobs += [study.variant_job(name, rate)] if rate is not None else []
-        return [job for job in jobs if self._wanted(job) and not self._done(job)]
+        return [job for job in jobs if self._wanted(job) and not self.study.done(job)]
 
     def _wanted(self, job: Job) -> bool:
         return job.kind == "pilot" or self._matches(job.name, job.method if job.kind == "method" else "")
@@ -128,22 +134,15 @@ class Runner:
         """Whether a run is wanted that needs the method's learning rate."""
         study = self.study
         like = [n for n, m in study.methods.items() if m.like == method]
-        runs = [f"{n}-{seed}" for n in (method, *like) for seed in study.seeds]
+        runs = [f"{n}-seed{seed}" for n in (method, *like) for seed in study.seeds]
         variants = [n for n, v in study.variants.items() if v.like == method and v.rate is None]
         return self._matches(method, *like, *runs, *variants, f"pilot-{method}")
 
     def _matches(self, *names: str) -> bool:
         return not self.only or any(fnmatch(name, pattern) for name in names for pattern in self.only)
 
-    def _done(self, job: Job) -> bool:
-        folder = self.study.folder / job.last_stage
-        if job.kind == "export":
-            return (folder / "config.json").is_file()
-        return (folder / "config.yaml").is_file() and ended(load_config(folder / "config.yaml"))
-
     def _start(self, job: Job) -> None:
         logs = self.study.folder / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
         command = ["export", str(self.study.folder / "base")]
         if job.kind != "export":
             config = logs / f"{job.name}.yaml"
@@ -153,7 +152,7 @@ class Runner:
         env = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
         if self.gpus:
             env["CUDA_VISIBLE_DEVICES"] = str(slot % self.gpus)
-        with (logs / f"{job.name}.log").open("a", encoding="utf-8") as log:
+        with self._log(job.name).open("a", encoding="utf-8") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "moect.cli", *command],
                 stdout=log,
@@ -177,18 +176,21 @@ class Runner:
     def _end(self, one: Running) -> None:
         name, code, seconds = one.job.name, one.process.returncode, time.monotonic() - one.since
         del self.running[name]
-        if code == 0 and self._done(one.job):
+        if code == 0 and self.study.done(one.job):
             self.taken.append((one.job.steps, seconds))
             print(f"done   {name:<40} {duration(seconds):>8}{self._eta()}", flush=True)
         elif self.stopping:
             print(f"stop   {name}", flush=True)
         else:
             self.failed[name] = code
-            path = self.study.folder / "logs" / f"{name}.log"
+            path = self._log(name)
             print(f"FAILED {name} (exit code {code}); the end of {path}:", flush=True)
             print(
                 *(f"    {line}" for line in path.read_text(errors="replace").splitlines()[-TAIL:]), sep="\n", flush=True
             )
+
+    def _log(self, run: str) -> Path:
+        return self.study.folder / "logs" / f"{run.replace('/', '-')}.log"
 
     def _eta(self) -> str:
         """By the time that steps have taken; pilots that will still turn out to be needed are not known."""

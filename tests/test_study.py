@@ -1,0 +1,216 @@
+"""Studies: which runs there are, in which order and at which learning rate; a small one with real processes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from small_runs import REPOSITORY, Place
+
+from moect.config import config_to_yaml
+from moect.errors import ConfigError
+from moect.stages import load_stages
+from moect.study.plan import Job, Study
+from moect.study.rates import best_rate, next_rates
+from moect.study.runner import Runner, StudyFailed
+
+OURS = REPOSITORY / "configs" / "study" / "study.yaml"
+
+
+@pytest.fixture
+def files(place: Place) -> Path:
+    """A study of two methods, one in two stages with a rate of its own, and two variants."""
+    shape = json.loads((place.inputs / "base" / "config.json").read_text())
+    keys = (
+        "model_type",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    )
+    made = {"from_config": {key: shape[key] for key in keys}, "tokenizer": str(place.inputs / "base")}
+    values = place.values(train={"steps": 2, "warmup": 0, "save_every": 2})
+    base = {**values, "method": "full", "model": made, "monitor": {"enabled": False}}
+    shared = {key: value for key, value in values.items() if key not in ("name", "output", "seed", "model", "moe")}
+    shared["monitor"] = {"enabled": True, "samples": 0, "compare": 0, "resamples": 0}
+    study = {
+        "name": "study",
+        "output": str(place.output),
+        "base": "base.yaml",
+        "extend": "extend.yaml",
+        "seeds": [3, 4],
+        "pilot": {"rates": [0.01, 0.02], "set": {"train": {"steps": 1, "save_every": 1}}},
+        "curve": {"train": {"save_every": 1}},
+        "methods": [
+            {"name": "all", "method": "full"},
+            {"name": "more", "like": "all", "data": {"replay": 0.5}},
+            {"name": "staged", "rate": 0.005, "stages": [{"name": "one"}, {"name": "two", "train": {"steps": 3}}]},
+        ],
+        "variants": [{"name": "wide", "like": "all", "data": {"sequence_length": 32}}, {"name": "fixed", "rate": 0.1}],
+    }
+    folder = place.output / "files"
+    folder.mkdir()
+    for name, content in (("base", base), ("extend", shared), ("study", study)):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    return folder / "study.yaml"
+
+
+def end(job: Job, study: Study, bits: float = 1.0) -> None:
+    """What a run leaves behind, as far as a study reads it."""
+    if job.kind == "export":
+        (study.folder / job.name).mkdir(parents=True)
+        (study.folder / job.name / "config.json").write_text("{}")
+        return
+    written = study.folder / "job.yaml"
+    written.parent.mkdir(parents=True, exist_ok=True)
+    written.write_text(yaml.safe_dump(job.values))
+    for config in load_stages(written):
+        (config.folder / "monitor").mkdir(parents=True)
+        (config.folder / "config.yaml").write_text(config_to_yaml(config))
+        (config.folder / "log.jsonl").write_text(json.dumps({"event": "end", "step": config.train.steps}) + "\n")
+        row = {"step": config.train.steps, "lang": "cy", "role": "new", "domain": "", "bits_per_byte": bits}
+        row |= {"base_bits_per_byte": 2.0, "delta": bits - 2, "documents": 6, "bytes": 9}
+        (config.folder / "monitor" / "forgetting.jsonl").write_text(json.dumps(row) + "\n")
+
+
+def change(files: Path, **keys) -> None:
+    files.write_text(yaml.safe_dump(yaml.safe_load(files.read_text()) | keys))
+
+
+def test_base_pilots_methods_and_variants_follow_one_another(files):
+    study = Study(files)
+    runner = Runner(study, 2)
+    outcomes = {0.01: 1.2, 0.02: 1.1, 0.04: 1.3}
+    order = []
+    while jobs := runner.jobs():
+        order.append([job.name for job in jobs])
+        end(jobs[0], study, outcomes.get(jobs[0].rate, 1.0))
+    staged = [f"staged-seed{seed}" for seed in (3, 4)]
+    assert order[0] == ["base"] and order[1] == ["base/export"]
+    assert order[2] == ["pilot-all-0.01", "pilot-all-0.02", *staged, "fixed"]
+    assert order[4][0] == "pilot-all-0.04", order
+    both = [f"{name}-seed{seed}" for seed in (3, 4) for name in ("all", "more", "staged")]
+    assert order[5] == [*both, "wide", "fixed"] and len(order) == 13
+    ran = {path.parent.relative_to(study.folder).as_posix() for path in study.folder.rglob("config.yaml")}
+    assert ran >= {"staged-seed3/one", "staged-seed3/two", "more-seed4", "wide"}
+    chosen = yaml.safe_load((study.folder / "more-seed4" / "config.yaml").read_text())
+    assert chosen["train"]["lr"] == 0.02 and chosen["data"]["replay"] == 0.5 and chosen["seed"] == 4
+    assert chosen["train"]["save_every"] == 2 and chosen["model"]["base"] == str(study.folder / "base" / "export")
+    first = yaml.safe_load((study.folder / "all-seed3" / "config.yaml").read_text())
+    assert first["train"]["save_every"] == 1, "a curve of the first seed"
+
+
+def test_only_what_is_asked_for_runs_with_the_pilots_that_it_needs(files):
+    study = Study(files)
+    for job in (study.base(), study.base_export()):
+        end(job, study)
+    names = {
+        "staged": ["staged-seed3", "staged-seed4"],
+        "*-seed4": ["pilot-all-0.01", "pilot-all-0.02", "staged-seed4"],
+        "wide": ["pilot-all-0.01", "pilot-all-0.02"],
+        "fixed": ["fixed"],
+    }
+    for pattern, expected in names.items():
+        assert [job.name for job in Runner(study, 1, [pattern]).jobs()] == expected, pattern
+
+
+@pytest.mark.parametrize(
+    ("tried", "expected"),
+    [
+        ({}, [1, 2, 4]),
+        ({1: 3.0, 2: None}, [4]),
+        ({1: 3.0, 2: None, 4: 2.0}, []),
+        ({1: 3.0, 2: 2.0, 4: 2.5}, []),
+        ({1: 3.0, 2: 2.0, 4: 1.5}, [8]),
+        ({1: 1.0, 2: 2.0, 4: 2.5}, [0.5]),
+        ({1: 3.0, 2: 2.0, 4: 1.5, 8: float("inf")}, []),
+        ({1: 6.0, 2: 5.0, 4: 4.0, 8: 3.0, 16: 2.0, 32: 1.0}, []),
+    ],
+)
+def test_the_grid_grows_until_the_best_is_inside(tried, expected):
+    assert next_rates(tried, [1, 2, 4]) == expected
+
+
+def test_of_equal_rates_the_lower_is_taken():
+    assert best_rate({4: 1.0, 2: 1.0, 1: 1.5}) == 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ({"methods": []}, "at least one of methods"),
+        ({"seeds": [1, 1]}, "two runs are called"),
+        ({"variants": [{"name": "all-seed3", "rate": 1}]}, "two runs are called all-seed3"),
+        ({"variants": [{"name": "x"}]}, "x needs `like`"),
+        ({"variants": [{"name": "x", "like": "nobody"}]}, "like 'nobody', which is no method"),
+        ({"methods": [{"method": "full"}]}, "name is None"),
+        ({"pilot": {"rates": ["fast"], "set": {}}}, "`pilot.rates.0`: input should be a valid number"),
+        ({"sees": [1]}, "`sees`: unexpected"),
+        ({"extend": "nowhere.yaml"}, "nowhere.yaml: No such file"),
+    ],
+)
+def test_what_no_study_can_be_is_refused(files, keys, problem):
+    change(files, **keys)
+    with pytest.raises(ConfigError, match=problem) as refusal:
+        Study(files)
+    assert "\n" not in str(refusal.value)
+
+
+def test_every_run_of_our_own_study_is_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    study = Study(OURS)
+    jobs = [study.base(), *(study.pilot_job(name, 0.001) for name in study.methods)]
+    jobs += [study.method_job(name, 0.001, seed) for name in study.methods for seed in study.seeds]
+    jobs += [study.variant_job(name, 0.001) for name in study.variants]
+    for job in jobs:
+        written = tmp_path / "job.yaml"
+        written.write_text(yaml.safe_dump(job.values))
+        configs = load_stages(written)
+        assert sum(config.train.steps for config in configs) == job.steps
+        assert configs[-1].folder == study.folder / job.last_stage
+        if job.kind in ("method", "variant"):
+            tokens = {c.train.steps * c.train.batch_size * c.data.sequence_length for c in configs}
+            assert sum(tokens) == 500 * 4096, "equal tokens"
+        measured = {source.path for config in configs for source in config.data.evaluation}
+        assert not measured & {source.path for config in configs for source in config.data.train}
+        if job.kind == "pilot":
+            assert not any("test" in path or "second_domain" in path for path in measured)
+
+
+def test_a_study_runs_fails_stops_and_goes_on(files, capsys):
+    """With real processes: what fails is named and does not keep the others; asked to stop, it goes on later."""
+    change(
+        files,
+        seeds=[3],
+        methods=[{"name": "all", "method": "full", "rate": 0.01}],
+        variants=[{"name": "broken", "rate": 0.1, "data": {"sequence_length": -1}}],
+    )
+    with pytest.raises(StudyFailed, match=r"1 run\(s\) did not end well: broken"):
+        Runner(Study(files), 2).go()
+    told = capsys.readouterr().out
+    assert "FAILED broken (exit code 2)" in told and "data.sequence_length" in told
+    assert [line.split()[:2] for line in told.splitlines() if line.startswith("done")] == [
+        ["done", "base"],
+        ["done", "base/export"],
+        ["done", "all-seed3"],
+    ]
+    change(files, variants=[{"name": "late", "rate": 0.1, "train": {"steps": 100_000}}])
+    command = [sys.executable, "-m", "moect.cli", "study", str(files)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    log = Study(files).folder / "late" / "log.jsonl"
+    while process.poll() is None and not (log.exists() and '"step": 3' in log.read_text()):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    told = process.communicate()[0]
+    assert process.returncode == 130 and "stop   late" in told and "all-seed3" not in told
+    assert list((log.parent / "checkpoints").glob("step-*")), "stopped with a checkpoint"
+    assert [job.name for job in Runner(Study(files), 1).jobs()] == ["late"]
