@@ -157,14 +157,9 @@ def kernels(arguments: argparse.Namespace) -> None:
 
 def study(arguments: argparse.Namespace) -> None:
     """Run the methods of a study on one base, several at a time, each at the learning rate that pilots find for it."""
-    from moect.study.plan import Study
-    from moect.study.runner import Runner
+    from moect.study.command import run
 
-    runner = Runner(Study(arguments.file), arguments.jobs, arguments.only)
-    if arguments.list:
-        print(*(f"{job.kind:<8} {job.name}" for job in runner.jobs()), sep="\n")
-    else:
-        runner.go()
+    run(arguments.file, arguments.jobs, arguments.only, arguments.list, arguments.results, arguments.page)
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -306,7 +301,10 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--jobs", type=_positive, metavar="N", help="runs at a time (default: one a GPU; without one, one a core)"
     )
-    made.add_argument("--list", action="store_true", help="only say what can be run now and is not done")
+    instead = made.add_mutually_exclusive_group()
+    instead.add_argument("--list", action="store_true", help="only say what can be run now and is not done")
+    instead.add_argument("--results", type=Path, metavar="OUT.json", help="only write what the finished runs came to")
+    instead.add_argument("--page", type=Path, metavar="PAGE.md", help="only make the tables of a page from PAGE.json")
 
     made = command(compare)
     made.add_argument("run_folders", type=Path, nargs="+", metavar="RUN", help="folders of runs on one base")

@@ -1,0 +1,37 @@
+"""`moect study`: run a study, or say what is left, or write what it came to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moect.study.page import fill_page
+from moect.study.plan import Study
+from moect.study.results import collect, read_results, write_results
+from moect.study.runner import Runner
+
+
+def run(
+    file: Path, at_once: int | None, only: list[str], listing: bool, results: Path | None, page: Path | None
+) -> None:
+    """Do what the command line says.
+
+    Args:
+        file: the study's.
+        at_once: runs side by side; None: see `Runner`.
+        only: patterns of runs; empty: all.
+        listing: only say what can be run now.
+        results: only write the results there.
+        page: only fill this page, from the results beside it.
+    """
+    study = Study(file)
+    if results:
+        found = collect(study)
+        write_results(found, results)
+        print(f"wrote {results}: {len(found['runs'])} runs")
+    elif page:
+        for path in fill_page(page, read_results(page.with_suffix(".json"))):
+            print(f"wrote {path}")
+    elif listing:
+        print(*(f"{job.kind:<8} {job.name}" for job in Runner(study, at_once, only).jobs()), sep="\n")
+    else:
+        Runner(study, at_once, only).go()

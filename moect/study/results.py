@@ -1,0 +1,118 @@
+"""What the runs of a study came to, as plain values: all that its page shows, in one file that can be kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import mean
+
+from moect.errors import DataError
+from moect.monitor.comparing.run_summary import summarise
+from moect.monitor.reporting.run_files import read_run
+from moect.monitor.rows import Row
+from moect.study.plan import Job, Study
+from moect.study.rates import best_rate, tried_rates
+
+FORMAT = 1
+
+
+def collect(study: Study) -> dict:
+    """The finished runs of a study.
+
+    Returns:
+        `about`: by name of method or variant; `pilots`: bits per byte by method and learning rate; `runs`: each with
+        name, method, kind, seed, rate, tokens, trainable, active, tokens_per_second, peak_memory (bytes), `texts`, what
+        was measured of each held-out text at the end, and `curve`, the means by role and domain on the way.
+    """
+    pilots, rates = {}, {}
+    for name, method in study.methods.items():
+        tried = tried_rates(study, name, lambda run: (study.folder / run).is_dir()) if method.like is None else {}
+        found = {rate: bits for rate, bits in tried.items() if bits is not None}
+        if found:
+            pilots[name] = {f"{rate:g}": bits for rate, bits in found.items()}
+        rates[name] = method.rate if method.rate is not None else best_rate(found) if found else None
+    for name, method in study.methods.items():
+        rates[name] = rates[name] or rates.get(method.like)
+    jobs = [study.method_job(name, rates[name], seed) for name in study.methods if rates[name] for seed in study.seeds]
+    for name, variant in study.variants.items():
+        if rate := variant.rate or rates.get(variant.like):
+            jobs.append(study.variant_job(name, rate))
+    about = {m.name: {"about": m.about, "like": m.like} for m in (*study.methods.values(), *study.variants.values())}
+    runs = [_result(study, job) for job in jobs if study.done(job)]
+    return {"format": FORMAT, "about": about, "pilots": pilots, "runs": runs}
+
+
+def write_results(results: dict, path: Path) -> None:
+    """Write results as JSON, a run a line."""
+    head = {key: value for key, value in results.items() if key != "runs"}
+    lines = [json.dumps(run, ensure_ascii=False) for run in results["runs"]]
+    text = json.dumps(head, ensure_ascii=False, indent=1)[:-2] + ',\n "runs": [\n' + ",\n".join(lines) + "\n ]\n}\n"
+    path.write_text(text, encoding="utf-8")
+
+
+def read_results(path: Path) -> dict:
+    """Read what `write_results` wrote.
+
+    Raises:
+        DataError: it is something else.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if results["format"] != FORMAT:
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: holds no results of a study; make it with moect study FILE --results") from error
+    return results
+
+
+def _result(study: Study, job: Job) -> dict:
+    folder = study.folder / job.last_stage
+    summary = summarise(folder, last=True)
+    stages = job.values.get("stages")
+    folders = [study.folder / job.name / stage["name"] for stage in stages] if stages else [folder]
+    runs = [read_run(one) for one in folders]
+    return {
+        "name": job.name,
+        "method": job.method if job.kind == "method" else job.name,
+        "kind": job.kind,
+        "seed": job.seed,
+        "rate": job.rate,
+        "steps": job.steps,
+        "tokens": sum(run.plan["tokens"] for run in runs),
+        "trainable": max(run.plan["parameters"]["trainable"] for run in runs),
+        "active": runs[0].plan["parameters"]["active"],
+        "tokens_per_second": runs[0].log.median_speed,
+        "peak_memory": summary.peak_memory,
+        "texts": [_text(row) for row in summary.rows.values()],
+        "curve": _curve(runs[0].rows) if len(runs) == 1 else [],
+    }
+
+
+def _text(row: Row) -> dict:
+    kept = (
+        "lang",
+        "role",
+        "domain",
+        "documents",
+        "bits_per_byte",
+        "base_bits_per_byte",
+        "open_share",
+        "gate_threshold",
+    )
+    text = {key: row[key] for key in kept if row.get(key) is not None}
+    if exact := row.get("exact"):
+        names = ("documents", "identical_documents", "tokens", "identical_tokens", "by_length")
+        text["exact"] = {key: exact[key] for key in names if key in exact}
+    return text
+
+
+def _curve(rows: list[Row]) -> list[dict]:
+    """Mean bits per byte by role and domain, and the base's, at each measured step."""
+    points = []
+    for step in sorted({row["step"] for row in rows}):
+        for role, domain in sorted({(row["role"], row["domain"]) for row in rows}):
+            at = [r for r in rows if (r["step"], r["role"], r["domain"]) == (step, role, domain)]
+            if at:
+                bits, base = (mean(r[key] for r in at) for key in ("bits_per_byte", "base_bits_per_byte"))
+                points.append({"step": step, "role": role, "domain": domain, "bits_per_byte": bits, "base": base})
+    return points

@@ -1,0 +1,166 @@
+"""A study's results as Markdown tables.
+
+Bits per byte; less is better. Means over languages of equal weight, and over seeds, with the sample standard deviation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import mean, stdev
+
+from moect.tables import size
+
+Run = dict
+
+
+def methods_table(results: dict, against: str) -> str:
+    """A line a method: what it learned, what it lost, what it cost.
+
+    Args:
+        results: of `collect`.
+        against: the method whose new languages the others are compared with.
+    """
+    groups = _groups(results, "method")
+    reference = mean(bits(run, "new", "web") for run in groups[against]) if against in groups else None
+    heads = ["method", "seeds", "new: web", f"against {against}", "new: news", "old: web", "old: news"]
+    heads += ["old documents identical", "trained", "active", "tokens/s", "memory"]
+    lines = []
+    for name, runs in groups.items():
+        compared = (lambda r: bits(r, "new", "web") / reference - 1) if reference else (lambda r: None)
+        lines.append(
+            [
+                f"`{name}`",
+                str(len(runs)),
+                _spread(runs, lambda r: bits(r, "new", "web"), "{:.3f}"),
+                _spread(runs, compared, "{:+.1%}"),
+                _spread(runs, lambda r: bits(r, "new", "news"), "{:.3f}"),
+                _spread(runs, lambda r: change(r, "old", "web"), "{:+.2%}"),
+                _spread(runs, lambda r: change(r, "old", "news"), "{:+.2%}"),
+                _spread(runs, identical, "{:.1%}"),
+                _millions(runs[0]["trainable"]),
+                _millions(runs[0]["active"]),
+                _spread(runs, lambda r: r["tokens_per_second"], "{:,.0f}", spread=False),
+                size(max(r["peak_memory"] or 0 for r in runs)),
+            ]
+        )
+    return markdown(heads, lines)
+
+
+def languages_table(results: dict, domain: str) -> str:
+    """Bits per byte of each language, a line a method."""
+    groups = _groups(results, "method")
+    texts = [t for t in next(iter(groups.values()))[0]["texts"] if t["domain"] == domain] if groups else []
+    heads = ["", *(t["lang"] for t in texts)]
+    lines = [["base", *(f"{t['base_bits_per_byte']:.3f}" for t in texts)]]
+    for name, runs in groups.items():
+        cells = [_spread(runs, lambda r, t=t: _text(r, t["lang"], domain)["bits_per_byte"], "{:.3f}") for t in texts]
+        lines.append([f"`{name}`", *cells])
+    return markdown(heads, lines)
+
+
+def variants_table(results: dict) -> str:
+    """A line a variant, below the first seed of the method that it is like."""
+    about = results["about"]
+    methods, variants = _groups(results, "method"), _groups(results, "variant")
+    heads = ["", "new: web", "change", "new: news", "old: web", "old: news", "old documents identical", "trained"]
+    lines = []
+    for like in dict.fromkeys(about[name]["like"] for name in variants):
+        first = methods.get(like, [None])[0]
+        if first:
+            lines.append([f"**`{like}`**", *_variant_cells(first, first)])
+        lines += [
+            [f"`{name}`", *_variant_cells(runs[0], first)]
+            for name, runs in variants.items()
+            if about[name]["like"] == like
+        ]
+    return markdown(heads, lines)
+
+
+def lengths_table(results: dict, method: str) -> str:
+    """The share of old documents with bit-identical logits, by their length in tokens, over all seeds."""
+    counts: dict[tuple[str, int, int], list[int]] = {}
+    for run in _groups(results, "method").get(method, []):
+        for text in run["texts"]:
+            for part in text.get("exact", {}).get("by_length", []) if text["role"] == "old" else []:
+                at = counts.setdefault((text["domain"], part["from"], part["to"]), [0, 0])
+                at[0] += part["identical_documents"]
+                at[1] += part["documents"]
+    heads = ["text", "tokens", "documents", "identical"]
+    lines = [
+        [domain, f"{low} to {high}", f"{total:,}", f"{same / total:.1%}"]
+        for (domain, low, high), (same, total) in sorted(counts.items())
+    ]
+    return markdown(heads, lines)
+
+
+def rates_table(results: dict) -> str:
+    """What the pilots came to at each learning rate; the best in bold."""
+    pilots = results["pilots"]
+    rates = sorted({rate for tried in pilots.values() for rate in tried}, key=float)
+    lines = []
+    for name, tried in pilots.items():
+        best = min(tried, key=lambda rate: (tried[rate], float(rate)))
+        cells = ["" if r not in tried else f"**{tried[r]:.3f}**" if r == best else f"{tried[r]:.3f}" for r in rates]
+        lines.append([f"`{name}`", *cells])
+    return markdown(["", *rates], lines)
+
+
+def bits(run: Run, role: str, domain: str, key: str = "bits_per_byte") -> float:
+    """The mean over the languages of a role."""
+    return mean(t[key] for t in run["texts"] if (t["role"], t["domain"]) == (role, domain))
+
+
+def change(run: Run, role: str, domain: str) -> float:
+    """The mean change against the base, a share."""
+    texts = [t for t in run["texts"] if (t["role"], t["domain"]) == (role, domain)]
+    return mean(t["bits_per_byte"] / t["base_bits_per_byte"] - 1 for t in texts)
+
+
+def identical(run: Run) -> float | None:
+    """The share of old documents whose logits are the base's, bit for bit."""
+    found = [t["exact"] for t in run["texts"] if t["role"] == "old" and "exact" in t]
+    total = sum(e["documents"] for e in found)
+    return sum(e["identical_documents"] for e in found) / total if total else None
+
+
+def markdown(heads: list[str], lines: list[list[str]]) -> str:
+    """A table whose first column is text, and the others figures."""
+    rows = [heads, [":--", *["--:"] * (len(heads) - 1)], *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _variant_cells(run: Run, like: Run | None) -> list[str]:
+    same, new = identical(run), bits(run, "new", "web")
+    return [
+        f"{new:.3f}",
+        "" if like is None or like is run else f"{new / bits(like, 'new', 'web') - 1:+.1%}",
+        f"{bits(run, 'new', 'news'):.3f}",
+        f"{change(run, 'old', 'web'):+.2%}",
+        f"{change(run, 'old', 'news'):+.2%}",
+        "" if same is None else f"{same:.1%}",
+        _millions(run["trainable"]),
+    ]
+
+
+def _groups(results: dict, kind: str) -> dict[str, list[Run]]:
+    groups: dict[str, list[Run]] = {}
+    for run in results["runs"]:
+        if run["kind"] == kind:
+            groups.setdefault(run["method"], []).append(run)
+    return groups
+
+
+def _text(run: Run, lang: str, domain: str) -> dict:
+    return next(t for t in run["texts"] if (t["lang"], t["domain"]) == (lang, domain))
+
+
+def _spread(runs: list[Run], value: Callable[[Run], float | None], form: str, spread: bool = True) -> str:
+    values = [v for v in map(value, runs) if v is not None]
+    if not values:
+        return ""
+    told = form.format(mean(values))
+    return f"{told} ± {form.replace('+', '').format(stdev(values))}" if spread and len(values) > 1 else told
+
+
+def _millions(parameters: int) -> str:
+    return f"{parameters / 1e6:.2f} M"
