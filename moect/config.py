@@ -54,6 +54,9 @@ class ModelConfig:
     start: str | None = option(
         None, "folder of an earlier run on the same base: what trains begins as its last checkpoint has it"
     )
+    experts_from: str | None = option(
+        None, "folder or hub name of a model trained further from the base, in full: experts begin as its FFNs"
+    )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = option(
         "sdpa", "attention kernel, as transformers names it"
     )

@@ -57,6 +57,14 @@ def check(config: RunConfig) -> None:
         )
     if train.parts != "all":
         _check_parts(config)
+    if model.experts_from:
+        if config.method != "moe-ct" or config.moe.fusion == "add" or config.moe.init == "zero":
+            raise ValueError(
+                "`model.experts_from` is for experts that begin as FFNs: `method: moe-ct` with `moe.fusion: gate`, "
+                "`discrete`, `fixed` or `routed`, and not `moe.init: zero`"
+            )
+        if model.start:
+            raise ValueError("`model.experts_from` and `model.start` both say how experts begin: give one")
     if not 0 <= config.seed < 2**31:
         raise ValueError(f"`seed` is {config.seed}: it must lie between 0 and {2**31 - 1}")
     for section in ("moe", "lora", "loss", "data", "train", "gate", "health"):

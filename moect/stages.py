@@ -272,7 +272,7 @@ def ended(config: RunConfig) -> bool:
 
 
 def _is_base(config: RunConfig, later: list[RunConfig]) -> bool:
-    return any(stage.model.base == _export(config) for stage in later)
+    return any(_export(config) in (stage.model.base, stage.model.experts_from) for stage in later)
 
 
 def _conclude(config: RunConfig, later: list[RunConfig]) -> bool:
@@ -367,7 +367,7 @@ def merge(under: dict, over: dict) -> dict:
 def _resolve(values: dict, folder: Path, earlier: list[str], where: str) -> None:
     """Put folders in the place of `stage:NAME`."""
     model = values.get("model")
-    for key in ("base", "start"):
+    for key in ("base", "start", "experts_from"):
         value = model.get(key) if isinstance(model, dict) else None
         if not isinstance(value, str) or not value.startswith(REFERENCE):
             continue
@@ -377,7 +377,7 @@ def _resolve(values: dict, folder: Path, earlier: list[str], where: str) -> None
                 f"{where}: `model.{key}` is {value!r}, but no stage before this one has that name; before it come: "
                 f"{', '.join(earlier) or 'none'}"
             )
-        model[key] = str(folder / name / "export" if key == "base" else folder / name)
+        model[key] = str(folder / name if key == "start" else folder / name / "export")
 
 
 def _check_origin(config: RunConfig, earlier: list[RunConfig], where: str) -> None:
@@ -385,6 +385,13 @@ def _check_origin(config: RunConfig, earlier: list[RunConfig], where: str) -> No
     from moect.train.checkpoints.same_run import check_shape
 
     for stage in earlier:
+        if config.model.experts_from == _export(stage) and (
+            stage.method != "full" or stage.model.base != config.model.base
+        ):
+            raise ConfigError(
+                f"{where}: its experts are to begin as those of stage {stage.name}, which has to be `method: full` on "
+                f"the same `model.base`"
+            )
         if config.model.base == _export(stage) and stage.method == "moe-ct":
             raise ConfigError(
                 f"{where}: its base, stage {stage.name}, has an appended module already, and a second one cannot be "

@@ -48,3 +48,12 @@ def dividing(ffn: nn.Module, module: nn.Module):
     with zero.GatheredParameters(ffn.parameters()):
         yield
     next(ffn.parameters()).convert_to_zero_parameters(param_list=list(module.parameters()))
+
+
+@contextmanager
+def writing(parameters: list[nn.Parameter]):
+    """Inside, divided parameters are whole; what the first rank writes into them counts."""
+    from deepspeed import zero
+
+    with zero.GatheredParameters(parameters, modifier_rank=0):
+        yield

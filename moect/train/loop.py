@@ -25,6 +25,7 @@ from moect.data.vocabulary.tokenizer import keep_tokenizer, load_tokenizer, run_
 from moect.errors import ForgettingError, Stopped
 from moect.model.append import modules_of
 from moect.model.build import DTYPES, base_files, base_fingerprint, build_model, load_base_config
+from moect.model.ready_experts import take_experts
 from moect.monitor.forgetting import ForgettingMonitor
 from moect.monitor.measuring.cost import token_lengths
 from moect.plan import make_plan, render
@@ -108,6 +109,8 @@ class Run:
         )
         opening = distributed.on_main(lambda: opening_tokens(config, self.loader.stores, vocab_size))
         model = build_model(config, zero3=zero3, rows=rows, extension=self.extension, opening=opening)
+        if config.model.experts_from and not self.origin.checkpoint:
+            take_experts(model, config)
         # a divided parameter is empty
         shapes = build_model(config, meta=True, rows=rows, extension=self.extension) if zero3 else model
         # before DeepSpeed gives all ranks the weights of rank 0

@@ -34,6 +34,7 @@ FREE = (
     "model.base",
     "model.tokenizer",
     "model.start",
+    "model.experts_from",
     "data.root",
     "train.stop_after",
     "export",
