@@ -88,6 +88,11 @@ class LossConfig:
         0.0,
         "with `fusion: routed`: weight of the cross-entropy of the routing toward the frozen FFN on old-language text",
     )
+    base_kl: float = option(
+        0.0,
+        "weight of the KL divergence from the frozen base's predictions on old-language text (`method: moe-ct` and "
+        "`block-expansion`); takes a second forward pass over its rows",
+    )
     z: float = option(0.0, "weight of the router z-loss")
     gate: float = option(1.0, "weight of the language gate's cross-entropy (`moe.language_gate: true`)")
 
@@ -273,7 +278,7 @@ def unused_keys(config: RunConfig) -> list[str]:
     plain = RunConfig()
     moe = config.method == "moe-ct"
     idle = [] if moe else [("moe", f.name) for f in dataclasses.fields(MoeConfig)]
-    idle += [] if moe else [("loss", f.name) for f in dataclasses.fields(LossConfig)]
+    idle += [] if moe else [("loss", f.name) for f in dataclasses.fields(LossConfig) if f.name != "base_kl"]
     if config.method != "block-expansion":
         idle.append(("expansion", "layers"))
     idle += [] if config.method == "lora" else [("lora", f.name) for f in dataclasses.fields(LoraConfig)]

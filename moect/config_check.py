@@ -115,6 +115,17 @@ def check(config: RunConfig) -> None:
     roles = {data.languages[source.lang] for source in data.train}
     if config.method == "moe-ct":
         _check_routed(config, roles)
+    if config.loss.base_kl:
+        if config.method not in ("moe-ct", "block-expansion"):
+            raise ValueError(
+                f"`loss.base_kl` needs the frozen base inside the model that trains: `method: moe-ct` or "
+                f"`block-expansion`, and this is `{config.method}`"
+            )
+        if "old" not in roles or data.replay == 0:
+            raise ValueError(
+                "`loss.base_kl` is about text of old languages, and none is read: give such text in `data.train` and a "
+                "`data.replay` above 0"
+            )
     if config.has_language_gate:
         if not config.loss.gate:
             raise ValueError("`loss.gate` is 0: the language gate would never learn which language is which")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from moect.config import RunConfig
 from moect.data.batches.loader import Loader
@@ -22,6 +23,7 @@ def train_plainly(config: RunConfig, cache) -> tuple[list[dict], dict[str, torch
     config.train.micro_batch = train.batch_size
     loader = Loader(config, load_tokenizer(config.model), cache)
     model = build_model(config).train()
+    base = AutoModelForCausalLM.from_pretrained(config.model.base)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     biases = {name: b for name, b in model.named_buffers() if name.endswith("selection_bias")}
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in trained.items()}
@@ -36,6 +38,16 @@ def train_plainly(config: RunConfig, cache) -> tuple[list[dict], dict[str, torch
             input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False, **extra
         ).logits
         figures = _losses(config, logits_BSV, batch, record, load)
+        if config.loss.base_kl:
+            with torch.no_grad():
+                base_BSV = base(
+                    input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False
+                ).logits
+            old_T = batch.role_BS.flatten() == 0
+            p_TV = base_BSV.flatten(0, 1)[old_T].softmax(-1)
+            kl_T = (p_TV * (p_TV.log() - logits_BSV.flatten(0, 1)[old_T].log_softmax(-1))).sum(-1)
+            figures["base_kl"] = kl_T.mean()
+            figures["total"] = figures["total"] + config.loss.base_kl * figures["base_kl"]
         for p in trained.values():
             p.grad = None
         figures["total"].backward()

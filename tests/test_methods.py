@@ -7,16 +7,19 @@ import json
 import pytest
 import torch
 from small_runs import REPOSITORY, assert_same_bits, launch, tensors
+from tiny import disturb, logits, tiny_model, tokens
 
 from moect.config import NAMED, config_from_dict
 from moect.errors import ConfigError
 from moect.export.run import ExportOptions, export_run
-from moect.model import ForwardRecord, losses
+from moect.model import ForwardRecord, MoeConfig, append_moe, losses
 from moect.model.append import PARTS
+from moect.model.embeddings import append_rows, rows_of
 from moect.model.record import BlockRecord
 from moect.monitor.rows import read_rows
 from moect.stages import load_stages, run_stages
 from moect.train.loop import train
+from moect.train.objective import Objective, StepCounts
 
 ROUTED = {"fusion": "routed", "experts": 4}
 
@@ -49,6 +52,45 @@ def test_language_prior_is_the_cross_entropy_toward_the_frozen_ffn_on_old_tokens
     got.backward()
     assert (logits[0].grad[role != 0] == 0).all() and (logits[0].grad[role == 0][:, 0] < 0).all()
     assert losses.language_prior_sum(record, torch.ones_like(role)).item() == 0  # and not NaN
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_divergence_from_the_base_is_that_of_two_models_in_parts_or_whole(monkeypatch, gate):
+    """Zero at the start, without gradient into the base's side, and none where no text is old."""
+    model = append_moe(tiny_model("qwen3"), MoeConfig(fusion="add", width=16, language_gate=gate))
+    append_rows(model, [5, 9], 96, [[3, 4]])
+    config = config_from_dict(
+        {
+            "model": {"base": "x"},
+            "moe": {"fusion": "add", "language_gate": gate},
+            "loss": {"base_kl": 1.0},
+            "data": {"languages": {"en": "old", "cy": "new"}, "train": [{"path": p, "lang": p} for p in ("en", "cy")]},
+        }
+    )
+    objective, ids = Objective(model.train(), config), tokens(4, 12)
+    role, places = torch.tensor([[0] * 12, [1] * 12, [1] * 6 + [0] * 6, [-1] * 12], dtype=torch.int8), torch.arange(12)
+
+    def loss(role):
+        objective.sums.clear()
+        objective(ids, ids, places.expand(4, -1), role, StepCounts(44, 36, 18, 18), 1.0).backward()
+        return objective.sums["base_kl"].item()
+
+    with torch.no_grad():
+        rows_of(model)[-1].delta[-1] = -100 * model.lm_head.weight.sum(0)  # what is added is not the base's
+    start = loss(role)
+    disturb(model, scale=0.3)
+    model.zero_grad()
+    whole, gradients = loss(role), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    with torch.no_grad():
+        base_TV = logits(tiny_model("qwen3"), ids)[role == 0].log_softmax(-1)
+        model_TV = logits(model, ids)[role == 0].log_softmax(-1)[:, :96]
+    assert whole == pytest.approx((base_TV.exp() * (base_TV - model_TV)).sum().item(), rel=1e-4) and whole > start
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 500)
+    model.zero_grad()
+    assert loss(role) == pytest.approx(whole, rel=1e-5)
+    for name, p in model.named_parameters():
+        assert p.grad is None or torch.allclose(p.grad, gradients[name], atol=1e-5), name
+    assert loss(torch.ones_like(role)) == 0
 
 
 def test_balance_over_trained_experts_does_not_see_the_frozen_one():
@@ -138,6 +180,8 @@ def test_a_stage_of_one_part_resumes_to_the_bit_and_is_exported_whole(place, sta
         ({"train": {"parts": ["rooter"]}}, "train.parts"),
         ({"loss": {"language_prior": 0.1}}, "needs the frozen FFN among the experts"),
         ({"loss": {"language_prior": 0.1}, "moe": ROUTED, "data": {"replay": 0.0}}, "none is read"),
+        ({"loss": {"base_kl": 0.1}, "method": "full"}, "needs the frozen base inside the model"),
+        ({"loss": {"base_kl": 0.1}, "data": {"replay": 0.0}}, "`loss.base_kl` is about text of old languages"),
         ({"loss": {"balance_over": "trained"}}, "needs the frozen FFN among the experts"),
         ({"loss": {"balance_over": "trained"}, "moe": {**ROUTED, "experts": 2}}, "nothing to balance"),
     ],

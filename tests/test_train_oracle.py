@@ -15,11 +15,12 @@ WEIGHTS = {"balance": 0.05, "z": 0.01, "gate": 0.5, "bias_rate": 0.01}
 VARIANTS = {
     "gate and balance loss": {"moe": GATE, "loss": WEIGHTS},
     "language gate and balance loss": {"moe": LANGUAGE_GATE, "loss": WEIGHTS},
+    "language gate and the base's predictions": {"moe": LANGUAGE_GATE, "loss": {**WEIGHTS, "base_kl": 0.5}},
     "language gate and selection bias": {"moe": {**LANGUAGE_GATE, "balance": "bias"}, "loss": WEIGHTS},
     "discrete in one block": {"moe": {**GATE, "fusion": "discrete", "layers": [1], "width": 16}, "loss": WEIGHTS},
     "full": {"method": "full"},
     "lora": {"method": "lora"},
-    "block-expansion": {"method": "block-expansion", "expansion": {"layers": [1]}},
+    "block-expansion": {"method": "block-expansion", "expansion": {"layers": [1]}, "loss": {"base_kl": 0.5}},
 }
 
 
@@ -63,7 +64,10 @@ def test_every_loss_takes_part_in_the_plain_loop(place):
     assert all(abs(step["balance"] - 1) > 1e-3 for step in steps)
 
 
-@pytest.mark.parametrize("variant", ["gate and balance loss", "language gate and balance loss"])
+@pytest.mark.parametrize(
+    "variant",
+    ["gate and balance loss", "language gate and balance loss", "language gate and the base's predictions"],
+)
 def test_accumulation_does_not_change_the_losses(place, variant):
     runs = {
         size: losses(train(place.config(f"micro-{size}", **VARIANTS[variant], train={"micro_batch": size})))

@@ -46,6 +46,7 @@ MORE_VARIANTS = {
     "everything": {"method": "full"},
     "everything, recomputed": {"method": "full", "train": AGAIN},
     "everything, from scratch": {"method": "full", "model": "scratch"},
+    "language gate, the base's predictions": {"moe": LANGUAGE_GATE, "loss": {**LOSSES, "base_kl": 0.3}},
     "inserted blocks": {"method": "block-expansion", "expansion": {"layers": "all"}},
     "inserted blocks, recomputed": {"method": "block-expansion", "expansion": {"layers": [0]}, "train": AGAIN},
     "low rank, recomputed": {"method": "lora", "train": AGAIN},

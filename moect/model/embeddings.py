@@ -275,7 +275,7 @@ def logits_of(model: nn.Module, hidden: Tensor, gate_logit: Tensor | None = None
         hidden_ND=hidden.flatten(0, -2),
         gate_logit_N=None if gate_logit is None else gate_logit.flatten().to(hidden.device),
     )
-    return changed_NV.view(*logits.shape[:-1], -1)
+    return changed_NV.view(*logits.shape[:-1], changed_NV.shape[-1])
 
 
 def append_rows(

@@ -9,6 +9,7 @@ T tokens, E experts, K experts per token, D width, V vocabulary, L blocks with a
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,42 @@ def cross_entropy_sum(
 
     def chunk_sum(labels_C: Tensor, *inputs_C: Tensor) -> Tensor:
         return nn.functional.cross_entropy(lm_head(*inputs_C).float(), labels_C, reduction="sum")
+
+    if parts <= 1:
+        return chunk_sum(*columns)
+    chunks = zip(*(column.tensor_split(parts) for column in columns), strict=True)
+    return torch.stack([checkpoint(chunk_sum, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+
+
+def base_kl_sum(
+    hidden_TD: Tensor,
+    of_base_TD: Tensor,
+    wanted_T: Tensor,
+    lm_head: Callable,
+    as_base: Callable[[], AbstractContextManager],
+    elements: int,
+    gate_logit_T: Tensor | None = None,
+) -> Tensor:
+    """Sum over tokens of KL(base || model) of the next token, in fp32; the gradient flows into the model's side only.
+
+    Args:
+        hidden_TD: last hidden states of the model, after the final norm.
+        of_base_TD: those of the base, without gradient.
+        wanted_T: bool, the tokens that count.
+        lm_head: as in `cross_entropy_sum`; inside `as_base` it is the base's.
+        as_base: makes the context in which the model is its base.
+        elements: logits of the whole micro-batch, which decide into how many parts it is cut, on every rank the same.
+        gate_logit_T: logits of the language gate, for a head that follows it.
+    """
+    parts = -(-elements // CHUNK_ELEMENTS)
+    inputs = [hidden_TD] if gate_logit_T is None else [hidden_TD, gate_logit_T]
+    columns = [column[wanted_T] for column in (of_base_TD, *inputs)]
+
+    def chunk_sum(of_base_CD: Tensor, *inputs_C: Tensor) -> Tensor:
+        with torch.no_grad(), as_base():
+            base_CV = lm_head(of_base_CD).float().log_softmax(-1)
+        model_CV = lm_head(*inputs_C).float().log_softmax(-1)[:, : base_CV.shape[-1]]  # added tokens are not the base's
+        return nn.functional.kl_div(model_CV, base_CV, reduction="sum", log_target=True)
 
     if parts <= 1:
         return chunk_sum(*columns)

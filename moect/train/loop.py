@@ -295,7 +295,9 @@ class Run:
         for key, value in {**values, "tokens_per_second": speed["tokens_per_second"], "mfu": speed["mfu"]}.items():
             if isinstance(value, float):
                 self.writer.add_scalar(f"train/{key}", value, self.step)
-        extra = "".join(f"  {k} {values[k]:.3f}" for k in ("balance", "language_prior", "gate") if k in values)
+        extra = "".join(
+            f"  {k} {values[k]:.3f}" for k in ("balance", "language_prior", "base_kl", "gate") if k in values
+        )
         width = len(str(self.config.train.steps))
         self._say(
             f"step {self.step:>{width}}/{self.config.train.steps}  loss {values['loss']:.4f}{extra}  "

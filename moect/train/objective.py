@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from moect.config import RunConfig
 from moect.model.append import RECORD, modules_of
+from moect.model.build import base_view
 from moect.model.embeddings import logits_of
 from moect.model.losses import (
     balance_loss,
+    base_kl_sum,
     cross_entropy_sum,
     expert_counts,
     gate_sums,
@@ -91,7 +93,39 @@ class Objective(nn.Module):
         loss = cross_entropy / _some(counts.labels)
         if self.modules_L:
             loss = loss + self._module_losses(record, role.flatten(), counts)
+        if weight := self.config.loss.base_kl:
+            kl = self._base_kl(input_ids, position_ids, role, hidden_BSD, record.gate_logit_T)
+            self._add("base_kl", kl)
+            loss = loss + weight * kl / _some(counts.old)
         return loss * scale
+
+    def _base_kl(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        role: Tensor,
+        hidden_BSD: Tensor,
+        gate_logit_T: Tensor | None,
+    ) -> Tensor:
+        """The sum over old tokens of KL(base || model), the base being this model without what was appended, on the
+        rows that have any; on one row if none has, as under ZeRO-3 every rank has to pass the blocks."""
+        rows = (role == 0).any(1).nonzero()[:, 0]
+        rows = rows if len(rows) else torch.zeros(1, dtype=torch.int64, device=role.device)
+        with torch.no_grad(), base_view(self.model):
+            of_base_RSD = self.model.model(
+                input_ids=input_ids[rows], position_ids=position_ids[rows], use_cache=False
+            ).last_hidden_state
+        if gate_logit_T is not None:
+            gate_logit_T = gate_logit_T.view(role.shape)[rows].flatten()
+        return base_kl_sum(
+            hidden_BSD[rows].flatten(0, 1),
+            of_base_RSD.flatten(0, 1),
+            role[rows].flatten() == 0,
+            partial(logits_of, self.model),
+            lambda: base_view(self.model),
+            role.numel() * self.model.config.vocab_size,
+            gate_logit_T,
+        )
 
     def _module_losses(self, record: ForwardRecord, role_T: Tensor, counts: StepCounts) -> Tensor:
         moe, weights = self.config.moe, self.config.loss

@@ -99,6 +99,8 @@ class Steps:
         if "scores" in sums:
             scores_LE = sums["scores"] / counts.valid
             values["balance"] = balance_loss(load_LE, scores_LE, self.objective.first_balanced).item()
+        if "base_kl" in sums:
+            values["base_kl"] = sums["base_kl"].item() / max(counts.old, 1)
         if "prior" in sums:
             values["language_prior"] = sums["prior"].item() / max(counts.old, 1)
         if "z" in sums:
