@@ -155,6 +155,18 @@ def kernels(arguments: argparse.Namespace) -> None:
         print(f"{device}: {library(device)}")
 
 
+def sample(arguments: argparse.Namespace) -> None:
+    """Write text that a model draws from itself, to replay where there is no text of its old languages."""
+    from moect.sample import SampleOptions
+    from moect.sample import sample as write
+
+    given = ("documents", "tokens", "batch", "temperature", "seed")
+    options = SampleOptions(**{name: getattr(arguments, name) for name in given})
+    documents = write(arguments.base, arguments.lang, arguments.output, options)
+    empty = options.documents - documents
+    print(f"wrote {arguments.output}: {documents:,} documents" + f", {empty:,} without text left out" * bool(empty))
+
+
 def study(arguments: argparse.Namespace) -> None:
     """Run the methods of a study on one base, several at a time, each at the learning rate that pilots find for it."""
     from moect.study.command import run
@@ -294,6 +306,16 @@ def _parser() -> argparse.ArgumentParser:
 
     made = command(report)
     made.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run")
+
+    made = command(sample, epilog="example: moect sample Qwen/Qwen3-0.6B --documents 5000 --output data/old.jsonl")
+    made.add_argument("base", metavar="MODEL", help="directory or hub name of a causal LM")
+    made.add_argument("--documents", type=_positive, required=True, metavar="N", help="how many")
+    made.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl", help="never over a file")
+    made.add_argument("--lang", default="old", help="what to call the language in the file (default old)")
+    made.add_argument("--tokens", type=_positive, default=256, metavar="N", help="of a document at most (default 256)")
+    made.add_argument("--batch", type=_positive, default=16, metavar="N", help="documents at a time (default 16)")
+    made.add_argument("--temperature", type=_size, default=1.0, metavar="T", help="of the distribution (default 1)")
+    made.add_argument("--seed", type=int, default=0, help="of what is drawn (default 0)")
 
     made = command(study, epilog="interrupted, it goes on with the same command; docs/study.md has an example")
     made.add_argument("file", type=Path, metavar="FILE.yaml", help="what the study is: see configs/study")

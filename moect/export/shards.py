@@ -18,9 +18,9 @@ from torch import Tensor
 
 from moect import tables
 from moect.errors import ExportError
-from moect.export.progress import Progress
 from moect.export.targets.form import Piece, Target
 from moect.export.trained import TrainedModel
+from moect.progress import Progress
 
 SHARD_BYTES = 2 * 10**9
 SPARE = 64 * 2**20  # bytes of a disk that are left free

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moect.export.progress import Progress
 from moect.export.proof.assembled import assemble
 from moect.export.proof.comparison import Comparison, RoutesOfStock, Text, routes_of
 from moect.export.proof.whole import check_report, computing_as_ours, quiet
@@ -26,6 +25,7 @@ from moect.export.weights import FolderWeights
 from moect.model.append import modules_of
 from moect.model.embeddings import logits_of
 from moect.model.record import RECORD, ForwardRecord
+from moect.progress import Progress
 
 
 class _Side:
@@ -109,7 +109,7 @@ def _assembled(model: TrainedModel, blocks: range) -> nn.Module:
 
 def _compare(ours: _Side, theirs: _Side, texts: list[Text], bound: float, depth: int) -> Comparison:
     comparison = Comparison(bound, by_block=True)
-    progress = Progress("comparing", depth, count=True)
+    progress = Progress("comparing", depth, count="blocks")
     try:
         for side in (ours, theirs):
             side.begin(texts)

@@ -1,4 +1,4 @@
-"""How far a long piece of work on tensors is: a bar for somebody who watches, else a line in the log now and then."""
+"""How far a long piece of work is: a bar for somebody who watches, else a line in the log now and then."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from time import monotonic
 
 from moect import tables
 
-log = logging.getLogger("moect.export")
+log = logging.getLogger("moect")
 INTERVAL = 30.0  # seconds between two lines
 
 
 class Progress:
-    """Counts bytes, or blocks; says nothing where half a minute is enough for all and nobody watches.
+    """Counts bytes, or things; says nothing where half a minute is enough for all and nobody watches.
 
     Args:
         verb: what is done.
         total: of all.
         done: of these, what was done before.
-        count: these are blocks, not bytes.
+        count: what they are, in the plural; None: bytes.
     """
 
-    def __init__(self, verb: str, total: int, done: int = 0, count: bool = False):
+    def __init__(self, verb: str, total: int, done: int = 0, count: str | None = None):
         self.count = count
         self.verb, self.total, self.before, self.done = verb, total, done, done
         self.began = self.last = monotonic()
@@ -48,7 +48,7 @@ class Progress:
         if now - self.last >= INTERVAL and self.done < self.total:
             self.last = now
             seconds = (now - self.began) * (self.total - self.done) / max(1, self.done - self.before)
-            done, total = (f"{n} blocks" if self.count else tables.size(n) for n in (self.done, self.total))
+            done, total = (f"{n:,} {self.count}" if self.count else tables.size(n) for n in (self.done, self.total))
             share = f"{done} of {total}"
             log.info("%s: %s, ETA %dm", self.verb, share, round(seconds / 60))
 
