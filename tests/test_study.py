@@ -15,9 +15,11 @@ from small_runs import REPOSITORY, Place
 
 from moect.config import config_to_yaml
 from moect.errors import ConfigError
+from moect.monitor.rows import read_rows
 from moect.stages import load_stages
 from moect.study.plan import Job, Study
 from moect.study.rates import best_rate, next_rates
+from moect.study.results import collect
 from moect.study.runner import Runner, StudyFailed
 
 OURS = REPOSITORY / "configs" / "study" / "study.yaml"
@@ -203,6 +205,13 @@ def test_a_study_runs_fails_stops_and_goes_on(files, capsys):
         ["done", "base/export"],
         ["done", "all-seed3"],
     ]
+    results = collect(Study(files))
+    (row,) = (
+        r for r in read_rows(Study(files).folder / "all-seed3" / "monitor") if (r["step"], r["lang"]) == (2, "cy")
+    )
+    assert [(run["name"], run["steps"], run["rate"]) for run in results["runs"]] == [("all-seed3", 2, 0.01)]
+    (text,) = (text for text in results["runs"][0]["texts"] if text["lang"] == "cy")
+    assert text["bits_per_byte"] == row["bits_per_byte"] and text["role"] == "new"
     change(files, variants=[{"name": "late", "rate": 0.1, "train": {"steps": 100_000}}])
     command = [sys.executable, "-m", "moect.cli", "study", str(files)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)

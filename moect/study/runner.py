@@ -195,9 +195,10 @@ class Runner:
     def _eta(self) -> str:
         """By the time that steps have taken; pilots that will still turn out to be needed are not known."""
         left = sum(job.steps for job in self.jobs())
-        if not left or not self.taken:
+        steps = sum(n for n, _ in self.taken)
+        if not left or not steps:
             return ""
-        seconds = left * sum(s for _, s in self.taken) / sum(n for n, _ in self.taken) / self.at_once
+        seconds = left * sum(s for _, s in self.taken) / steps / self.at_once
         return f"   ETA {duration(seconds)}"
 
     def _tell_state(self) -> None:

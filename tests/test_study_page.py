@@ -1,0 +1,107 @@
+"""What a study's page shows, against figures by hand."""
+
+from __future__ import annotations
+
+import pytest
+from PIL import Image
+
+from moect.cli import main
+from moect.errors import DataError
+from moect.study.page import fill_page
+from moect.study.results import read_results, write_results
+from moect.study.tables import lengths_table, methods_table, rates_table, variants_table
+
+PAGE = """# A page
+
+<!-- study: methods -->
+what was there
+<!-- end -->
+
+kept
+
+<!-- study: languages web -->
+<!-- end -->
+"""
+
+
+def run(method: str, seed: int, new: float, old: float, kind: str = "method") -> dict:
+    """A run that was measured on two languages of one domain, and at three steps of its way."""
+    length = {"from": 1, "to": 16, "documents": 40, "identical_documents": 30 + seed}
+    exact = {
+        "documents": 50,
+        "identical_documents": 40 + seed,
+        "tokens": 9,
+        "identical_tokens": 8,
+        "by_length": [length],
+    }
+    measured = (("en", "old", old, 2.0), ("cy", "new", new, 4.0), ("ga", "new", new + 1, 4.0))
+    texts = [
+        {"lang": lang, "role": role, "domain": "web", "documents": 50, "bits_per_byte": now, "base_bits_per_byte": base}
+        for lang, role, now, base in measured
+    ]
+    texts[0]["exact"] = exact | {"by_length": [length]}
+    texts += [text | {"domain": "news"} for text in texts]
+    ways = [(role, step, 3 - step / 100) for role in ("new", "old") for step in (0, 50, 100)]
+    curve = [{"step": s, "role": r, "domain": "web", "bits_per_byte": b, "base": 3.0} for r, s, b in ways]
+    return {
+        **{"name": f"{method}-{seed}", "method": method, "kind": kind, "seed": seed, "rate": 0.01, "steps": 100},
+        **{"tokens": 64, "trainable": 1_230_000, "active": 4_560_000, "tokens_per_second": 1000.0 + seed},
+        **{"peak_memory": 2**30, "texts": texts, "curve": curve},
+    }
+
+
+@pytest.fixture
+def results() -> dict:
+    runs = [run("full", 0, 1.0, 2.4), run("full", 1, 1.2, 2.6), run("gate", 0, 1.3, 2.0)]
+    runs += [run("narrow", 0, 1.4, 2.02, "variant")]
+    about = {name: {"about": "", "like": "gate" if name == "narrow" else None} for name in ("full", "gate", "narrow")}
+    return {"format": 1, "about": about, "pilots": {"full": {"0.001": 1.5, "0.002": 1.4}}, "runs": runs}
+
+
+def cells(table: str) -> dict[str, list[str]]:
+    """The lines of a table by their first column."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_methods_are_means_over_seeds_against_one_of_them(results):
+    table = cells(methods_table(results, "full"))
+    # (1.0 + 2.0) / 2 and (1.2 + 2.2) / 2: mean 1.6, deviation 0.1414; against 1.6
+    full = ["2", "1.600 ± 0.141", "+0.0% ± 8.8%", "1.600 ± 0.141", "+25.00% ± 7.07%", "+25.00% ± 7.07%"]
+    assert table["`full`"] == [*full, "81.0% ± 1.4%", "1.23 M", "4.56 M", "1,000", "1.0 GiB"]
+    assert table["`gate`"][:3] == ["1", "1.800", "+12.5%"] and table["`gate`"][6] == "80.0%"
+
+
+def test_variants_stand_below_what_they_are_like(results):
+    table = cells(variants_table(results))
+    assert list(table)[2:] == ["**`gate`**", "`narrow`"]
+    assert table["`narrow`"] == ["1.900", "+5.6%", "1.900", "+1.00%", "+1.00%", "80.0%", "1.23 M"]
+    assert table["**`gate`**"][:2] == ["1.800", ""]
+
+
+def test_lengths_are_pooled_over_seeds_and_the_best_rate_is_bold(results):
+    assert "| web | 1 to 16 | 80 | 76.2% |" in lengths_table(results, "full")
+    assert cells(rates_table(results))["`full`"] == ["1.500", "**1.400**"]
+
+
+def test_a_page_keeps_its_words_and_gets_tables_and_pictures_again_and_again(results, tmp_path, capsys):
+    page, kept = tmp_path / "page.md", tmp_path / "page.json"
+    page.write_text(PAGE)
+    write_results(results, kept)
+    assert read_results(kept) == results and len(kept.read_text().splitlines()) > len(results["runs"])
+    written = fill_page(page, read_results(kept))
+    first = page.read_text()
+    assert "what was there" not in first and "\nkept\n" in first and "| `gate` | 1 | 1.800 |" in first
+    assert "| base | 2.000 | 4.000 | 4.000 |" in first
+    for picture in written[1:]:
+        with Image.open(picture) as image:
+            assert image.width > 1000 and len(image.convert("L").getcolors()) > 20
+    fill_page(page, results)
+    assert page.read_text() == first
+    page.write_text(PAGE.replace("methods", "riches"))
+    with pytest.raises(DataError, match="wants a table `riches`; there are methods"):
+        fill_page(page, results)
+    kept.write_text("[]")
+    assert main(["study", "nowhere.yaml", "--page", str(page)]) == 2
+    with pytest.raises(DataError, match="holds no results of a study"):
+        read_results(kept)
