@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from moect.argument_types import above_zero, gigabytes, positive, share
+from moect.bench.command import add_bench
 from moect.errors import MoectError, RankLost
 
 
@@ -188,33 +190,6 @@ def compare(arguments: argparse.Namespace) -> None:
         print(f"\nwrote {write(comparison, arguments.output)}")
 
 
-def bench_dispatch(arguments: argparse.Namespace) -> None:
-    """Time the expert dispatch: our backends, transformers' experts and the floor, on the same tensors, in turns."""
-    from moect.bench.dispatch import read_options, run
-
-    given = ("device", "threads", "rounds", "seconds", "seed", "skew", "output")
-    options = {name: getattr(arguments, name) for name in given}
-    run(read_options(arguments.shape, arguments.dtype, arguments.backend, **options))
-
-
-def bench_data(arguments: argparse.Namespace) -> None:
-    """Time reading, tokenizing and storing a corpus, beside the tokenizers library alone, in turns; and its memory."""
-    from moect.bench.data import Options, run
-    from moect.processes import available_cores
-
-    workers = arguments.workers or available_cores()
-    names = ("text", "tokenizer", "megabytes", "rounds", "seed", "output")
-    run(Options(workers=workers, **{name: getattr(arguments, name) for name in names}))
-
-
-def bench_generate(arguments: argparse.Namespace) -> None:
-    """Time prefill and generation: a base, the same with experts and a gate, a stock mixture, in turns."""
-    from moect.bench.generate import read_options, run
-
-    given = ("model", "text", "batch", "prompt", "new", "device", "threads", "rounds", "seconds", "seed", "output")
-    run(read_options(arguments.shape, arguments.dtype, **{name: getattr(arguments, name) for name in given}))
-
-
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     """Overrides may stand before and after options, which argparse alone does not allow."""
     parser = _parser()
@@ -248,19 +223,19 @@ def _parser() -> argparse.ArgumentParser:
         if function is train:
             _take_local_rank(made)
         elif function is prepare:
-            made.add_argument("--workers", type=_positive, help="processes that tokenize (default: the cores)")
+            made.add_argument("--workers", type=positive, help="processes that tokenize (default: the cores)")
             made.add_argument(
                 "--inspect",
                 action="store_true",
                 help="also look for duplicates, held-out text among the training text, and other languages",
             )
             made.add_argument(
-                "--sample", type=_share, default=1.0, help="share of the documents to inspect (default: all)"
+                "--sample", type=share, default=1.0, help="share of the documents to inspect (default: all)"
             )
         else:
-            made.add_argument("--ranks", type=_positive, default=1, help="ranks the run will have (default 1)")
+            made.add_argument("--ranks", type=positive, default=1, help="ranks the run will have (default 1)")
             made.add_argument("--gpu", metavar="NAME", help="the ranks' GPU, as 'RTX 4090' or H100: adds fit and time")
-            made.add_argument("--mfu", type=_share, default=0.35, help="share of its arithmetic used (default 0.35)")
+            made.add_argument("--mfu", type=share, default=0.35, help="share of its arithmetic used (default 0.35)")
 
     made = command(evaluate)
     made.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run")
@@ -278,7 +253,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--dtype", choices=("auto", "fp32", "bf16"), help="default: export.dtype of the run")
     made.add_argument(
-        "--shard-size", type=_gigabytes, default=2.0, metavar="GB", help="of a file of weights (default 2)"
+        "--shard-size", type=gigabytes, default=2.0, metavar="GB", help="of a file of weights (default 2)"
     )
     made.add_argument("--no-verify", dest="verify", action="store_false", help="do not compare logits")
     made.add_argument("--adapter", action="store_true", help="what was trained alone, for moect.load (or peft)")
@@ -293,8 +268,8 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run")
     made.add_argument("--verify", action="store_true", help="read every file; exit code 2 if one is damaged")
     made.add_argument("--prune", action="store_true", help="what rotation would delete, damaged ones and left-overs")
-    made.add_argument("--keep-last", type=lambda n: _positive(n, 0), metavar="N", help="default: as the run; 0: all")
-    made.add_argument("--keep-every", type=_positive, metavar="N", help="default: the run's train.keep_every")
+    made.add_argument("--keep-last", type=lambda n: positive(n, 0), metavar="N", help="default: as the run; 0: all")
+    made.add_argument("--keep-every", type=positive, metavar="N", help="default: the run's train.keep_every")
     made.add_argument("--yes", action="store_true", help="with --prune: delete it")
 
     made = command(generate)
@@ -309,19 +284,21 @@ def _parser() -> argparse.ArgumentParser:
 
     made = command(sample, epilog="example: moect sample Qwen/Qwen3-0.6B --documents 5000 --output data/old.jsonl")
     made.add_argument("base", metavar="MODEL", help="directory or hub name of a causal LM")
-    made.add_argument("--documents", type=_positive, required=True, metavar="N", help="how many")
+    made.add_argument("--documents", type=positive, required=True, metavar="N", help="how many")
     made.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl", help="never over a file")
     made.add_argument("--lang", default="old", help="what to call the language in the file (default old)")
-    made.add_argument("--tokens", type=_positive, default=256, metavar="N", help="of a document at most (default 256)")
-    made.add_argument("--batch", type=_positive, default=16, metavar="N", help="documents at a time (default 16)")
-    made.add_argument("--temperature", type=_size, default=1.0, metavar="T", help="of the distribution (default 1)")
+    made.add_argument("--tokens", type=positive, default=256, metavar="N", help="of a document at most (default 256)")
+    made.add_argument("--batch", type=positive, default=16, metavar="N", help="documents at a time (default 16)")
+    made.add_argument(
+        "--temperature", type=above_zero, default=1.0, metavar="T", help="of the distribution (default 1)"
+    )
     made.add_argument("--seed", type=int, default=0, help="of what is drawn (default 0)")
 
     made = command(study, epilog="interrupted, it goes on with the same command; docs/study.md has an example")
     made.add_argument("file", type=Path, metavar="FILE.yaml", help="what the study is: see configs/study")
     made.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="methods or runs, with * (default: all)")
     made.add_argument(
-        "--jobs", type=_positive, metavar="N", help="runs at a time (default: one a GPU; without one, one a core)"
+        "--jobs", type=positive, metavar="N", help="runs at a time (default: one a GPU; without one, one a core)"
     )
     instead = made.add_mutually_exclusive_group()
     instead.add_argument("--list", action="store_true", help="only say what can be run now and is not done")
@@ -342,91 +319,13 @@ def _parser() -> argparse.ArgumentParser:
     made = command(kernels)
     made.add_argument("devices", nargs="*", metavar="cpu|cuda", help="for which (default cpu)")
 
-    doc = "Measure what our own parts cost, beside their rivals and beside what the machine could do."
-    bench = commands.add_parser("bench", help=doc[0].lower() + doc[1:].rstrip("."), description=doc)
-    parts = bench.add_subparsers(required=True, metavar="PART")
-    _add_bench_dispatch(parts)
-    _add_bench_data(parts)
-    _add_bench_generate(parts)
+    add_bench(commands)
     return parser
 
 
 def _take_local_rank(parser: argparse.ArgumentParser) -> None:
     """The launcher says it a second time, beside the environment."""
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-
-
-def _add_bench_dispatch(parts) -> None:
-    doc = bench_dispatch.__doc__
-    made = parts.add_parser(
-        "dispatch",
-        help=doc[0].lower() + doc[1:].rstrip("."),
-        description=doc,
-        epilog="example: moect bench dispatch --shape 2048,512,1024,8,2 --dtype bf16 --output dispatch.json",
-    )
-    made.set_defaults(run=bench_dispatch)
-    made.add_argument(
-        "--shape",
-        nargs="+",
-        metavar="T,D,F,E,K",
-        help="tokens, width, expert width, experts, experts a token (default: five for a CPU, two for a GPU)",
-    )
-    made.add_argument("--dtype", nargs="+", metavar="NAME", help="fp32, bf16, fp16 (default: fp32 bf16; on a GPU bf16)")
-    made.add_argument("--backend", nargs="+", metavar="NAME", help="which of ours (default: all)")
-    made.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    made.add_argument("--threads", type=_positive, help="CPU threads (default: PyTorch's own choice)")
-    made.add_argument("--rounds", type=_positive, help="default: what --seconds allow, from 5 to 101")
-    made.add_argument("--seconds", type=float, default=20.0, metavar="S", help="for a shape and dtype (default 20)")
-    made.add_argument("--seed", type=int, default=0, help="of tensors and routing (default 0)")
-    made.add_argument(
-        "--skew",
-        type=float,
-        default=0.0,
-        help="how uneven the routing is: 0 nearly balanced (default), 1 far from it",
-    )
-    made.add_argument("--output", type=Path, metavar="FILE.json", help="write all numbers there; never over a file")
-
-
-def _add_bench_data(parts) -> None:
-    doc = bench_data.__doc__
-    made = parts.add_parser("data", help=doc[0].lower() + doc[1:].rstrip("."), description=doc)
-    made.set_defaults(run=bench_data)
-    made.add_argument("--text", metavar="PATH", help="file, glob or folder of documents (default: numbers in words)")
-    made.add_argument("--tokenizer", metavar="DIR", help="default: a small one, trained on that text")
-    made.add_argument("--megabytes", type=_size, default=64.0, metavar="MB", help="of text (default 64)")
-    made.add_argument("--workers", type=_positive, help="our processes, and the library's threads (default: the cores)")
-    made.add_argument("--rounds", type=_positive, default=3, help="of both (default 3)")
-    made.add_argument("--seed", type=int, default=0, help="of text and order (default 0)")
-    made.add_argument("--output", type=Path, metavar="FILE.json", help="write all numbers there; never over a file")
-
-
-def _add_bench_generate(parts) -> None:
-    doc = bench_generate.__doc__
-    made = parts.add_parser(
-        "generate",
-        help=doc[0].lower() + doc[1:].rstrip("."),
-        description=doc,
-        epilog="example: moect bench generate --model runs/extend/export --text english.txt",
-    )
-    made.set_defaults(run=bench_generate)
-    made.add_argument(
-        "--shape",
-        metavar="L,D,F,V,E,K,W",
-        help="blocks, width, FFN width, vocabulary, experts, experts a token, expert width, of random models "
-        "(default: 8,512,1536,32768,4,2,1536)",
-    )
-    made.add_argument("--model", type=Path, metavar="DIR", help="an exported model, instead of random ones")
-    made.add_argument("--text", metavar="PATH", help="with --model: file, glob or folder of documents to go through")
-    made.add_argument("--dtype", nargs="+", metavar="NAME", help="fp32, bf16, fp16 (default: fp32 bf16; the model's)")
-    made.add_argument("--batch", type=_positive, default=1, help="texts at once (default 1)")
-    made.add_argument("--prompt", type=_positive, default=128, help="tokens of each text's prompt (default 128)")
-    made.add_argument("--new", type=_positive, default=32, help="tokens that follow, one by one (default 32)")
-    made.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    made.add_argument("--threads", type=_positive, help="CPU threads (default: PyTorch's own choice)")
-    made.add_argument("--rounds", type=_positive, help="default: what --seconds allow, from 5 to 101")
-    made.add_argument("--seconds", type=float, default=20.0, metavar="S", help="for a dtype (default 20)")
-    made.add_argument("--seed", type=int, default=0, help="of weights and tokens (default 0)")
-    made.add_argument("--output", type=Path, metavar="FILE.json", help="write all numbers there; never over a file")
 
 
 def _tell_evaluation(evaluation) -> None:
@@ -440,34 +339,6 @@ def _tell_evaluation(evaluation) -> None:
     print(f"wrote {evaluation.folder}")
     for path in write_report(evaluation.folder.parent):
         print(f"wrote {path}")
-
-
-def _positive(text: str, least: int = 1) -> int:
-    number = int(text)
-    if number < least:
-        raise argparse.ArgumentTypeError(f"must be at least {least}")
-    return number
-
-
-def _size(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError("must be above 0")
-    return number
-
-
-def _gigabytes(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no size: give more than 0")
-    return value
-
-
-def _share(text: str) -> float:
-    number = float(text)
-    if not 0 < number <= 1:
-        raise argparse.ArgumentTypeError("must be above 0 and at most 1")
-    return number
 
 
 def _calm_libraries() -> None:
