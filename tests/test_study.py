@@ -181,7 +181,7 @@ def test_every_run_of_our_own_study_is_a_run(tmp_path, monkeypatch):
         assert configs[-1].folder == study.folder / job.last_stage
         if job.kind in ("method", "variant"):
             tokens = [c.train.steps * c.train.batch_size * c.data.sequence_length for c in configs]
-            assert sum(tokens) == 500 * 4096, "equal tokens"
+            assert sum(tokens) == 400 * 4096, "equal tokens"
         measured = {source.path for config in configs for source in config.data.evaluation}
         assert not measured & {source.path for config in configs for source in config.data.train}
         if job.kind == "pilot":
