@@ -298,7 +298,10 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("file", type=Path, metavar="FILE.yaml", help="what the study is: see configs/study")
     made.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="methods or runs, with * (default: all)")
     made.add_argument(
-        "--jobs", type=positive, metavar="N", help="runs at a time (default: one a GPU; without one, one a core)"
+        "--jobs",
+        type=positive,
+        metavar="N",
+        help="runs at a time (default: one a GPU; without one, one a core, at most 8)",
     )
     instead = made.add_mutually_exclusive_group()
     instead.add_argument("--list", action="store_true", help="only say what can be run now and is not done")

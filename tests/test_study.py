@@ -14,11 +14,11 @@ import yaml
 from small_runs import REPOSITORY, Place
 
 from moect.config import config_to_yaml
-from moect.errors import ConfigError
+from moect.errors import ConfigError, DataError
 from moect.monitor.rows import read_rows
 from moect.stages import load_stages
 from moect.study.plan import Job, Study
-from moect.study.rates import best_rate, next_rates
+from moect.study.rates import best_rate, next_rates, tried_rates
 from moect.study.results import collect
 from moect.study.runner import Runner, StudyFailed
 
@@ -123,6 +123,56 @@ def test_only_what_is_asked_for_runs_with_the_pilots_that_it_needs(files):
     }
     for pattern, expected in names.items():
         assert [job.name for job in Runner(study, 1, [pattern]).jobs()] == expected, pattern
+
+
+def test_what_is_like_something_is_like_all_that_that_is_like(files):
+    variants = [{"name": "longer", "like": "more", "train": {"steps": 9}}]
+    change(files, variants=variants)
+    study = Study(files)
+    values = study.variant_job("longer", 0.02).values
+    assert values["method"] == "full" and values["data"]["replay"] == 0.5 and values["train"]["steps"] == 9
+    for job in (study.base(), study.base_export()):
+        end(job, study)
+    assert [j.name for j in Runner(study, 1, ["longer"]).jobs()] == ["pilot-all-0.01", "pilot-all-0.02"]
+    for rate, bits in ((0.01, 1.0), (0.02, 2.0), (0.005, 3.0)):
+        end(study.pilot_job("all", rate), study, bits)
+    (job,) = Runner(study, 1, ["longer"]).jobs()
+    assert job.rate == 0.01
+    change(files, methods=[{"name": "a", "like": "b"}, {"name": "b", "like": "a"}], variants=[])
+    with pytest.raises(ConfigError, match="a is like itself"):
+        Study(files)
+
+
+def test_a_pilot_that_diverged_is_no_choice_and_one_that_was_not_measured_is_an_error(files):
+    study = Study(files)
+    for job in (study.base(), study.base_export(), study.pilot_job("all", 0.01)):
+        end(job, study, 1.5)
+    end(study.pilot_job("all", 0.02), study)
+    log = study.folder / "pilot-all-0.02" / "log.jsonl"
+    log.write_text(json.dumps({"event": "stop", "step": 0, "why": "the loss is not finite"}) + "\n")
+    assert tried_rates(study, "all") == {0.01: 1.5, 0.02: float("inf")}
+    assert Runner(study, 1).jobs()[0].name == "pilot-all-0.005", "the best was at the other end"
+    rows = study.folder / "pilot-all-0.01" / "monitor" / "forgetting.jsonl"
+    rows.write_text(rows.read_text().replace('"step": 1', '"step": 0'))
+    with pytest.raises(DataError, match="pilot-all-0.01: its end was not measured on new languages"):
+        Runner(study, 1).jobs()
+
+
+def test_a_pattern_that_no_run_has_is_refused(files):
+    with pytest.raises(ConfigError, match="--only stagd: no run has that name; there are all, all-seed3"):
+        Runner(Study(files), 1, ["wide", "stagd"])
+
+
+def test_a_run_that_was_made_from_another_study_is_not_taken_for_this_one(files):
+    study = Study(files)
+    end(study.base(), study)
+    study.kept(study.base()).parent.mkdir()
+    study.kept(study.base()).write_text(yaml.safe_dump(study.base().values))
+    assert study.done(study.base())
+    base = files.parent / "base.yaml"
+    base.write_text(base.read_text().replace("steps: 2", "steps: 5"))
+    with pytest.raises(ConfigError, match="study/base: was made with other values .* move it away"):
+        Runner(Study(files), 1).jobs()
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from moect.errors import DataError
 from moect.monitor.reporting.pictures.drawing import GREY, by_step, drawing, name_ends, save
 from moect.monitor.reporting.pictures.labels import COLOURS, MARKERS
 from moect.study import tables
+from moect.study.results import replace_text
 
 REFERENCE = "full"  # what new languages are compared with
 MARKED = re.compile(r"(<!-- study: (?P<name>[a-z]+)(?: (?P<of>[^ ]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -48,7 +49,7 @@ def fill_page(page: Path, results: dict) -> list[Path]:
         return f"{match[1]}\n{MADE[match['name']](results, match['of'])}\n\n{match[4]}"
 
     filled = MARKED.sub(made, text)
-    page.write_text(filled, encoding="utf-8")
+    replace_text(page, filled)
     folder = page.with_suffix("")
     return [page, plot_pareto(results, folder / "pareto.png"), plot_curves(results, folder / "curves.png")]
 

@@ -179,9 +179,23 @@ class Study:
         made = self.variants[variant]
         return self._job(variant, "variant", self._of(made, rate, self.seeds[0]), made.like or "", rate, self.seeds[0])
 
+    def kept(self, job: Job) -> Path:
+        """The file that a run is made from; it stays beside its log."""
+        return self.folder / "logs" / f"{job.name.replace('/', '-')}.yaml"
+
     def done(self, job: Job) -> bool:
-        """Whether a run has come to its end."""
-        folder = self.folder / job.last_stage
+        """Whether a run has come to its end.
+
+        Raises:
+            ConfigError: it was begun with other values than it has now.
+        """
+        folder, kept = self.folder / job.last_stage, self.kept(job)
+        if job.kind != "export" and kept.is_file() and read_values(kept) != job.values:
+            if (self.folder / job.name).is_dir():
+                raise ConfigError(
+                    f"{self.folder / job.name}: was made with other values than {self.path} has now (see {kept}): move "
+                    "it away to make it again, or change the study back"
+                )
         if job.kind == "export":
             return (folder / "config.json").is_file()
         return (folder / "config.yaml").is_file() and ended(load_config(folder / "config.yaml"))
@@ -194,11 +208,27 @@ class Study:
         own = {key: value for key, value in values.items() if key not in OWN}
         return Method(name, str(values.get("about", "")), own, like, values.get("rate"))
 
+    def piloted(self, name: str) -> Method:
+        """Whose learning rate a method or variant has: that of a method that is piloted, or one that is given."""
+        chain = self._chain(name)
+        return next((method for method in chain if method.rate is not None), chain[-1])
+
+    def _chain(self, name: str) -> list[Method]:
+        """A method or variant, what it is like, what that is like, and so on."""
+        chain = [self.variants.get(name) or self.methods[name]]
+        while chain[-1].like:
+            if chain[-1].like not in self.methods:
+                raise ConfigError(f"{self.path}: {chain[-1].name} is like {chain[-1].like!r}, which is no method")
+            chain.append(self.methods[chain[-1].like])
+            if len(chain) > len(self.methods) + 1:
+                raise ConfigError(f"{self.path}: {name} is like itself; let one of those that it is like stand alone")
+        return chain
+
     def _of(self, method: Method, rate: float, seed: int) -> dict:
         values = self._shared
-        if method.like:
-            values = merge(values, self.methods[method.like].values)
-        values = merge(merge(values, method.values), {"model": {"base": str(self.folder / "base" / "export")}})
+        for one in reversed(self._chain(method.name)):
+            values = merge(values, one.values)
+        values = merge(values, {"model": {"base": str(self.folder / "base" / "export")}})
         return merge(values, {"seed": seed, "train": {"lr": rate}})
 
     def _job(self, name: str, kind, values: dict, method: str, rate: float, seed: int) -> Job:
@@ -206,17 +236,16 @@ class Study:
         return Job(name, kind, values, method, rate, seed)
 
     def _check(self, file: StudyFile) -> None:
+        if not self.methods or not self.seeds or not self.pilot.rates:
+            raise ConfigError(f"{self.path}: needs at least one of methods, one of seeds and one of pilot.rates")
+        for name in (*self.methods, *self.variants):
+            self._chain(name)
         runs = [self.method_job(values["name"], 0.0, seed).name for values in file.methods for seed in self.seeds]
         runs += ["base", "logs", *(values["name"] for values in file.variants)]
         if twice := sorted({name for name in runs if runs.count(name) > 1}):
             raise ConfigError(
                 f"{self.path}: two runs are called {twice[0]}; give each its own name, and each seed once"
             )
-        if not self.methods or not self.seeds or not self.pilot.rates:
-            raise ConfigError(f"{self.path}: needs at least one of methods, one of seeds and one of pilot.rates")
-        for method in (*self.methods.values(), *self.variants.values()):
-            if method.like and method.like not in self.methods:
-                raise ConfigError(f"{self.path}: {method.name} is like {method.like!r}, which is no method")
         for variant in self.variants.values():
             if not variant.like and variant.rate is None:
                 raise ConfigError(f"{self.path}: {variant.name} needs `like`, whose learning rate it takes, or `rate`")

@@ -7,8 +7,8 @@ the study is measured on.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
+from moect.errors import DataError
 from moect.monitor.reporting.figures import mean, role
 from moect.monitor.reporting.run_files import read_run
 from moect.study.plan import Study
@@ -18,14 +18,25 @@ MOST = 3  # rates that are tried beyond the grid
 
 
 def outcome(study: Study, method: str, rate: float) -> float | None:
-    """What a finished pilot run came to, in bits per byte, less being better; infinite for one that came to nothing;
-    None: it is not finished."""
+    """What a finished pilot run came to, in bits per byte, less being better; infinite for one that diverged; None: it
+    is not finished.
+
+    Raises:
+        DataError: it was not measured.
+    """
     job = study.pilot_job(method, rate)
+    folder = study.folder / job.name
     if not study.done(job):
-        return None
-    rows = [row for row in read_run(study.folder / job.name).rows if row["step"] == job.steps]
-    found = mean([row["bits_per_byte"] for row in role(rows, "new")])
-    return math.inf if found is None or not math.isfinite(found) else found
+        entries = read_run(folder).log.entries if (folder / "config.yaml").is_file() else []
+        gave_up = entries and entries[-1].get("event") == "stop" and entries[-1].get("why")
+        return math.inf if gave_up else None
+    found = mean([row["bits_per_byte"] for row in role(read_run(folder).rows, "new") if row["step"] == job.steps])
+    if found is None:
+        raise DataError(
+            f"{folder}: its end was not measured on new languages, so no learning rate can be chosen: look into "
+            f"{study.folder}/logs, move the folder away and start again"
+        )
+    return found if math.isfinite(found) else math.inf
 
 
 def next_rates(tried: dict[float, float | None], first: list[float]) -> list[float]:
@@ -49,16 +60,27 @@ def best_rate(tried: dict[float, float]) -> float:
     return min(tried, key=lambda rate: (tried[rate], rate))
 
 
-def tried_rates(study: Study, method: str, started: Callable[[str], bool]) -> dict[float, float | None]:
-    """The rates that a method was tried at, with their outcomes; None: that run is under way, or has failed.
-
-    Args:
-        study: whose method it is.
-        method: its name.
-        started: whether the run of this name was.
-    """
+def tried_rates(study: Study, method: str) -> dict[float, float | None]:
+    """The rates that a method was tried at, with their outcomes; None: that run is under way, or did not end well."""
     first = study.pilot.rates
     grid = {*first}
     for n in range(1, MOST + 1):
         grid |= {min(first) / FACTOR**n, max(first) * FACTOR**n}
-    return {rate: outcome(study, method, rate) for rate in sorted(grid) if started(study.pilot_job(method, rate).name)}
+    return {
+        rate: outcome(study, method, rate)
+        for rate in sorted(grid)
+        if (study.folder / study.pilot_job(method, rate).name).is_dir()
+    }
+
+
+def known_rates(study: Study) -> dict[str, float]:
+    """The learning rates of methods and variants that are given, or chosen by now."""
+    chosen = {}
+    for method in study.methods.values():
+        if method.rate is None and method.like is None:
+            tried = tried_rates(study, method.name)
+            if tried and None not in tried.values() and not next_rates(tried, study.pilot.rates):
+                chosen[method.name] = best_rate(tried)
+    sources = {name: study.piloted(name) for name in (*study.methods, *study.variants)}
+    known = {name: chosen.get(m.name) if m.rate is None else m.rate for name, m in sources.items()}
+    return {name: rate for name, rate in known.items() if rate is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from statistics import mean
 
@@ -11,7 +12,7 @@ from moect.monitor.comparing.run_summary import summarise
 from moect.monitor.reporting.run_files import read_run
 from moect.monitor.rows import Row
 from moect.study.plan import Job, Study
-from moect.study.rates import best_rate, tried_rates
+from moect.study.rates import known_rates, tried_rates
 
 FORMAT = 1
 
@@ -24,30 +25,33 @@ def collect(study: Study) -> dict:
         name, method, kind, seed, rate, tokens, trainable, active, tokens_per_second, peak_memory (bytes), `texts`, what
         was measured of each held-out text at the end, and `curve`, the means by role and domain on the way.
     """
-    pilots, rates = {}, {}
-    for name, method in study.methods.items():
-        tried = tried_rates(study, name, lambda run: (study.folder / run).is_dir()) if method.like is None else {}
-        found = {rate: bits for rate, bits in tried.items() if bits is not None}
-        if found:
-            pilots[name] = {f"{rate:g}": bits for rate, bits in found.items()}
-        rates[name] = method.rate if method.rate is not None else best_rate(found) if found else None
-    for name, method in study.methods.items():
-        rates[name] = rates[name] or rates.get(method.like)
-    jobs = [study.method_job(name, rates[name], seed) for name in study.methods if rates[name] for seed in study.seeds]
-    for name, variant in study.variants.items():
-        if rate := variant.rate or rates.get(variant.like):
-            jobs.append(study.variant_job(name, rate))
+    pilots = {}
+    for name in study.methods:
+        if study.piloted(name).name == name and study.methods[name].rate is None:
+            tried = tried_rates(study, name)
+            pilots[name] = {f"{rate:g}": bits for rate, bits in tried.items() if bits is not None}
+    rates = known_rates(study)
+    jobs = [
+        study.method_job(name, rates[name], seed) for name in study.methods if name in rates for seed in study.seeds
+    ]
+    jobs += [study.variant_job(name, rates[name]) for name in study.variants if name in rates]
     about = {m.name: {"about": m.about, "like": m.like} for m in (*study.methods.values(), *study.variants.values())}
     runs = [_result(study, job) for job in jobs if study.done(job)]
     return {"format": FORMAT, "about": about, "pilots": pilots, "runs": runs}
 
 
 def write_results(results: dict, path: Path) -> None:
-    """Write results as JSON, a run a line."""
+    """Write results as JSON, a run a line, over earlier ones.
+
+    Raises:
+        DataError: something else is there.
+    """
+    if path.exists():
+        read_results(path)
     head = {key: value for key, value in results.items() if key != "runs"}
     lines = [json.dumps(run, ensure_ascii=False) for run in results["runs"]]
     text = json.dumps(head, ensure_ascii=False, indent=1)[:-2] + ',\n "runs": [\n' + ",\n".join(lines) + "\n ]\n}\n"
-    path.write_text(text, encoding="utf-8")
+    replace_text(path, text)
 
 
 def read_results(path: Path) -> dict:
@@ -65,12 +69,32 @@ def read_results(path: Path) -> dict:
     return results
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Put a text in the place of a file's, all at once.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error.strerror or error}; give another place") from error
+
+
 def _result(study: Study, job: Job) -> dict:
     folder = study.folder / job.last_stage
     summary = summarise(folder, last=True)
     stages = job.values.get("stages")
     folders = [study.folder / job.name / stage["name"] for stage in stages] if stages else [folder]
     runs = [read_run(one) for one in folders]
+    if summary.step != runs[-1].config.train.steps:
+        raise DataError(
+            f"{folder}: its end was not measured, its last measurement is of step {summary.step}: "
+            f"moect evaluate {folder} makes up for it"
+        )
+    peaks = [event["peak_memory"] for run in runs for event in run.log.events("checkpoint") if event.get("peak_memory")]
     return {
         "name": job.name,
         "method": job.method if job.kind == "method" else job.name,
@@ -82,7 +106,7 @@ def _result(study: Study, job: Job) -> dict:
         "trainable": max(run.plan["parameters"]["trainable"] for run in runs),
         "active": runs[0].plan["parameters"]["active"],
         "tokens_per_second": runs[0].log.median_speed,
-        "peak_memory": summary.peak_memory,
+        "peak_memory": max(peaks, default=None),
         "texts": [_text(row) for row in summary.rows.values()],
         "curve": _curve(runs[0].rows) if len(runs) == 1 else [],
     }

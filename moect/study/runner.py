@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
 import yaml
 
-from moect.errors import MoectError
+from moect.errors import ConfigError, MoectError
 from moect.locks import locked
 from moect.processes import available_cores
 from moect.study.plan import Job, Study
-from moect.study.rates import best_rate, next_rates, tried_rates
+from moect.study.rates import known_rates, next_rates, outcome, tried_rates
 from moect.train.meters import duration
 
 POLL = 0.5  # seconds
@@ -45,8 +47,11 @@ class Runner:
 
     Args:
         study: which.
-        at_once: runs side by side; None: one a GPU, and on a machine without one a core each, as far as memory goes.
+        at_once: runs side by side; None: one a GPU; without GPUs one a core, at most eight.
         only: patterns of names, of runs or methods; empty: all of them.
+
+    Raises:
+        ConfigError: a pattern that no run has.
     """
 
     def __init__(self, study: Study, at_once: int | None = None, only: list[str] = ()):
@@ -60,6 +65,9 @@ class Runner:
         self.failed: dict[str, int] = {}
         self.taken: list[tuple[int, float]] = []  # steps and seconds of those that ended here
         self.stopping = 0
+        names = {*study.methods, *study.variants, *(f"{n}-seed{s}" for n in study.methods for s in study.seeds)}
+        if idle := [pattern for pattern in self.only if not any(fnmatch(name, pattern) for name in names)]:
+            raise ConfigError(f"--only {idle[0]}: no run has that name; there are {', '.join(sorted(names))}")
 
     def go(self) -> None:
         """Run what is not done, in the order of importance.
@@ -85,73 +93,69 @@ class Runner:
         try:
             self._tell_state()
             while not self.stopping:
-                free = self.at_once - len(self.running)
                 ready = [job for job in self.jobs() if job.name not in self.running and job.name not in self.failed]
-                for job in ready[:free]:
-                    self._start(job)
+                for job in ready[: self.at_once - len(self.running)]:
+                    if not self.stopping:
+                        self._start(job)
                 if not self.running:
                     break
                 self._wait()
             while self.running:
                 self._wait()
         finally:
+            for one in self.running.values():  # an error of ours: they end too, with their checkpoints
+                _ask_to_stop(one)
+            for one in self.running.values():
+                one.process.wait()
             for s, handler in before.items():
                 signal.signal(s, handler)
 
     def jobs(self) -> list[Job]:
         """What can be run now and is not done, the most important first: the base; pilots; the methods with their
-        first seed, then the next; variants."""
+        first seed, then the next; variants.
+
+        Raises:
+            ConfigError: a run was made with other values, or no run is meant by `only`.
+            DataError: a pilot was not measured.
+        """
         study = self.study
         for job in (study.base(), study.base_export()):
-            if not self.study.done(job):
+            if not study.done(job):
                 return [job]
-        jobs, rates = [], {}
+        jobs = []
         for name, method in study.methods.items():
-            if method.rate is not None:
-                rates[name] = method.rate
-            elif method.like is None and self._wanted_for(name):
-                tried = tried_rates(study, name, lambda run: (study.folder / run).is_dir())
+            if method.rate is None and method.like is None and self._wants_rate_of(name):
+                tried = tried_rates(study, name)
                 trying = [rate for rate, found in tried.items() if found is None]
-                more = next_rates(tried, study.pilot.rates)
-                jobs += [study.pilot_job(name, rate) for rate in (*trying, *more)]
-                if not trying and not more:
-                    rates[name] = best_rate(tried)
-        for name, method in study.methods.items():
-            if method.like in rates:
-                rates.setdefault(name, rates[method.like])
-        jobs += [
-            study.method_job(name, rates[name], seed) for seed in study.seeds for name in study.methods if name in rates
-        ]
-        for name, variant in study.variants.items():
-            rate = variant.rate if variant.rate is not None else rates.get(variant.like)
-            jobs += [study.variant_job(name, rate)] if rate is not None else []
-        return [job for job in jobs if self._wanted(job) and not self.study.done(job)]
+                jobs += [study.pilot_job(name, rate) for rate in (*trying, *next_rates(tried, study.pilot.rates))]
+        rates = known_rates(study)
+        for seed in study.seeds:
+            named = [(n, study.method_job(n, rates[n], seed)) for n in study.methods if n in rates]
+            jobs += [job for n, job in named if self._matches(n, job.name)]
+        jobs += [study.variant_job(n, rates[n]) for n in study.variants if n in rates and self._matches(n)]
+        return [job for job in jobs if not study.done(job)]
 
-    def _wanted(self, job: Job) -> bool:
-        return job.kind == "pilot" or self._matches(job.name, job.method if job.kind == "method" else "")
-
-    def _wanted_for(self, method: str) -> bool:
-        """Whether a run is wanted that needs the method's learning rate."""
+    def _wants_rate_of(self, method: str) -> bool:
+        """Whether a run is wanted that has the learning rate that this method is piloted for."""
         study = self.study
-        like = [n for n, m in study.methods.items() if m.like == method]
-        runs = [f"{n}-seed{seed}" for n in (method, *like) for seed in study.seeds]
-        variants = [n for n, v in study.variants.items() if v.like == method and v.rate is None]
-        return self._matches(method, *like, *runs, *variants, f"pilot-{method}")
+        names = [n for n in (*study.methods, *study.variants) if study.piloted(n).name == method]
+        runs = [f"{n}-seed{seed}" for n in names if n in study.methods for seed in study.seeds]
+        return self._matches(*names, *runs)
 
     def _matches(self, *names: str) -> bool:
         return not self.only or any(fnmatch(name, pattern) for name in names for pattern in self.only)
 
     def _start(self, job: Job) -> None:
-        logs = self.study.folder / "logs"
         command = ["export", str(self.study.folder / "base")]
         if job.kind != "export":
-            config = logs / f"{job.name}.yaml"
+            config = self.study.kept(job)
             config.write_text(yaml.safe_dump(job.values, sort_keys=False, allow_unicode=True), encoding="utf-8")
             command = ["train", "--config", str(config)]
         slot = min(set(range(self.at_once)) - {r.slot for r in self.running.values()})
         env = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
         if self.gpus:
-            env["CUDA_VISIBLE_DEVICES"] = str(slot % self.gpus)
+            ours = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(self.gpus)))
+            env["CUDA_VISIBLE_DEVICES"] = ours.split(",")[slot % self.gpus]
         with self._log(job.name).open("a", encoding="utf-8") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "moect.cli", *command],
@@ -161,6 +165,8 @@ class Runner:
                 start_new_session=True,  # Ctrl-C reaches this process alone, which tells them
             )
         self.running[job.name] = Running(job, process, slot, time.monotonic())
+        if self.stopping:  # asked before it could be told
+            _ask_to_stop(self.running[job.name])
         print(f"start  {job.name}", flush=True)
 
     def _wait(self) -> None:
@@ -181,6 +187,8 @@ class Runner:
             print(f"done   {name:<40} {duration(seconds):>8}{self._eta()}", flush=True)
         elif self.stopping:
             print(f"stop   {name}", flush=True)
+        elif one.job.kind == "pilot" and outcome(self.study, one.job.method, one.job.rate) == math.inf:
+            print(f"done   {name:<40} {duration(seconds):>8}   diverged", flush=True)
         else:
             self.failed[name] = code
             path = self._log(name)
@@ -212,7 +220,9 @@ class Runner:
         """Ask every run to write a checkpoint and end."""
         self.stopping += 1
         for one in self.running.values():
-            try:
-                os.killpg(one.process.pid, signal.SIGTERM)
-            except ProcessLookupError:
-                pass
+            _ask_to_stop(one)
+
+
+def _ask_to_stop(one: Running) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(one.process.pid, signal.SIGTERM)
