@@ -91,7 +91,7 @@ class LossConfig:
     base_kl: float = option(
         0.0,
         "weight of the KL divergence from the frozen base's predictions on old-language text (`method: moe-ct` and "
-        "`block-expansion`); takes a second forward pass over its rows",
+        "`block-expansion`); takes a second forward pass over its rows, which no plan counts",
     )
     z: float = option(0.0, "weight of the router z-loss")
     gate: float = option(1.0, "weight of the language gate's cross-entropy (`moe.language_gate: true`)")

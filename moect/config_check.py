@@ -121,6 +121,11 @@ def check(config: RunConfig) -> None:
                 f"`loss.base_kl` needs the frozen base inside the model that trains: `method: moe-ct` or "
                 f"`block-expansion`, and this is `{config.method}`"
             )
+        if model.extend_tokenizer is not None:
+            raise ValueError(
+                "`loss.base_kl` passes the text through the base, which cannot read the tokens of "
+                "`model.extend_tokenizer`: leave out one of the two"
+            )
         if "old" not in roles or data.replay == 0:
             raise ValueError(
                 "`loss.base_kl` is about text of old languages, and none is read: give such text in `data.train` and a "
@@ -141,7 +146,7 @@ def _check_parts(config: RunConfig) -> None:
         raise ValueError("`train.parts` is empty: nothing would train; name some of what was appended, or use `all`")
     if config.method != "moe-ct":
         raise ValueError(f"`train.parts` is for `method: moe-ct`, and this is `{config.method}`")
-    if set(parts) <= {"router", "fusion"} and not config.model.start:
+    if set(parts) <= {"router", "fusion"} and not (config.model.start or config.model.experts_from):
         raise ValueError(
             f"`train.parts: [{', '.join(parts)}]` would train beside experts that never learned anything: give the run "
             "that trained them as `model.start`, or add `experts`"

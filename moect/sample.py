@@ -6,6 +6,7 @@ A document begins where the model's own training had documents begin, and each t
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,8 +18,11 @@ from torch import nn
 from moect.config import ModelConfig
 from moect.data.vocabulary.tokenizer import load_tokenizer
 from moect.errors import ConfigError
+from moect.locks import locked
 from moect.model.build import load_base
 from moect.progress import Progress
+
+log = logging.getLogger("moect")
 
 
 @dataclass(frozen=True)
@@ -72,26 +76,38 @@ def sample(base: str, lang: str, output: Path, options: SampleOptions) -> int:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     model.generation_config = GenerationConfig()  # the model's own may favour some tokens
     part = output.with_name(f".{output.name}.part")
-    values = {"base": base, "lang": lang, **vars(options)}
+    values = {"base": base, "lang": lang, **vars(options), "device": model.device.type}
+    lock = output.with_name(f".{output.name}.lock")
     try:
-        done = _take_up(part, values)
-        progress = Progress("sampling", options.documents, min(done * options.batch, options.documents), "documents")
-        with part.open("a", encoding="utf-8") as file:
-            for texts in _batches(model, tokenizer, begin, options, done):
-                file.write(json.dumps(texts, ensure_ascii=False) + "\n")
-                file.flush()
-                progress.add(len(texts))
-        progress.end()
-        documents = [text for line in part.open(encoding="utf-8").readlines()[1:] for text in json.loads(line)]
-        written = [text for text in documents if text.strip()]
-        whole = part.with_suffix(".whole")
-        with whole.open("w", encoding="utf-8") as file:
-            for text in written:
-                file.write(json.dumps({"text": text, "lang": lang, "source": base}, ensure_ascii=False) + "\n")
-        os.rename(whole, output)
-        part.unlink()
+        with locked(lock, lambda: log.info("%s: another process writes it", output)):
+            if output.exists():  # it has, while this one waited
+                raise ConfigError(f"{output}: exists; give another --output, or move it away")
+            written = _write(model, tokenizer, begin, part, output, values, options)
+            lock.unlink()
+            return written
     except OSError as error:
-        raise ConfigError(f"{output}: cannot be written: {error.strerror or error}") from error
+        raise ConfigError(f"{output}: cannot be written: {error.strerror or error}; give another --output") from error
+
+
+def _write(model, tokenizer, begin: int, part: Path, output: Path, values: dict, options: SampleOptions) -> int:
+    done = _take_up(part, values)
+    progress = Progress("sampling", options.documents, min(done * options.batch, options.documents), "documents")
+    with part.open("a", encoding="utf-8") as file:
+        for texts in _batches(model, tokenizer, begin, options, done):
+            file.write(json.dumps(texts, ensure_ascii=False) + "\n")
+            file.flush()
+            progress.add(len(texts))
+    progress.end()
+    with part.open(encoding="utf-8") as file:
+        written = [text for line in file.readlines()[1:] for text in json.loads(line) if text.strip()]
+    whole = part.with_suffix(".whole")
+    with whole.open("w", encoding="utf-8") as file:
+        for text in written:
+            document = {"text": text, "lang": values["lang"], "source": values["base"]}
+            file.write(json.dumps(document, ensure_ascii=False) + "\n")
+    os.link(whole, output)  # unlike a rename, not over a file that has come to be
+    whole.unlink()
+    part.unlink()
     return len(written)
 
 
@@ -99,10 +115,12 @@ def _take_up(part: Path, values: dict) -> int:
     """How many batches an interrupted run of the same command has written; a line cut short is none."""
     lines = part.read_bytes().splitlines(keepends=True) if part.is_file() else []
     whole = [line for line in lines if line.endswith(b"\n")]
-    if whole and json.loads(whole[0]) != values:
-        raise ConfigError(f"{part}: was begun by another command; remove it, or give another --output")
-    if not whole:
-        whole = [(json.dumps(values) + "\n").encode()]
+    first = (json.dumps(values) + "\n").encode()
+    if whole and whole[0] != first:
+        raise ConfigError(
+            f"{part}: was begun by another command, or on another device; remove it, or give another --output"
+        )
+    whole = whole or [first]
     part.write_bytes(b"".join(whole))
     return len(whole) - 1
 

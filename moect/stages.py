@@ -119,6 +119,7 @@ def plan_stages(stages: list[RunConfig], ranks: int, gpu: str | None = None, mfu
     from moect.data.batches.loader import check_division, planned_data
     from moect.export.planned import planned_export
     from moect.model.build import build_model
+    from moect.model.ready_experts import check_source
     from moect.monitor.measuring.cost import planned_lengths
     from moect.plan import make_plan
     from moect.train.meters import find_gpu
@@ -146,6 +147,8 @@ def plan_stages(stages: list[RunConfig], ranks: int, gpu: str | None = None, mfu
         if plan["embeddings"] and len(known) < _unknowns(planned):
             plan["embeddings"]["at_most"] = True
         plan["export"] = planned_export(planned, model)
+        if config.model.experts_from and config.model.experts_from not in map(_export, stages):
+            check_source(planned)
         if planned is not config:
             plan["base"] = f"{config.model.base} (to come)"
         plans.append(plan)
@@ -410,6 +413,7 @@ def _check_files(stages: list[RunConfig], held_out: bool = False) -> None:
     """The files of every stage that is still to run are there, before hours are spent on the first; those of held-out
     text, and the tasks, where they are measured on, or wanted all the same."""
     from moect.data.reading.sources import resolve_files
+    from moect.model.ready_experts import check_source
     from moect.monitor.tasks.sources import check_tasks
 
     for config in stages:
@@ -421,3 +425,5 @@ def _check_files(stages: list[RunConfig], held_out: bool = False) -> None:
                 resolve_files(source.path, config.data.root)
         if config.monitor.enabled:
             check_tasks(config)
+        if config.model.experts_from and config.model.experts_from not in map(_export, stages):
+            check_source(config)

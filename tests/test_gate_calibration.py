@@ -21,6 +21,7 @@ from moect.export.run import ExportOptions, export_run
 from moect.export.source import open_run
 from moect.gate_config import GateConfig, fewest_documents
 from moect.model import ForwardRecord, MoeConfig, append_moe
+from moect.model.language_gate import OPEN
 from moect.monitor.measuring.calibration import TouchMeter, allowed, find_threshold
 from moect.monitor.measuring.score import add_up
 from moect.monitor.measuring.windows import TokenisedDocument
@@ -74,7 +75,11 @@ def test_a_gate_that_is_certain_of_an_old_document_is_closed_all_the_same():
     found = find_threshold(torch.tensor([30.0, 30.0, 30.0]), ["en"] * 3, gate)
     assert found.threshold < 1 and MoeConfig(gate_threshold=found.threshold).threshold_logit > 30
     with pytest.raises(DataError, match="with certainty"):
-        find_threshold(torch.tensor([40.0, 40.0, 40.0]), ["en"] * 3, gate)
+        find_threshold(torch.tensor([50.0, 50.0, 50.0]), ["en"] * 3, gate)
+    with pytest.raises(DataError, match=r"open the language gate by themselves \(2 of 3 in 'en'\)"):
+        find_threshold(torch.tensor([OPEN, OPEN, -1.0]), ["en"] * 3, gate)
+    some = find_threshold(torch.tensor([OPEN, *[-1.0] * 5]), ["en"] * 6, gate)
+    assert some.touched == {"en": 1} and some.threshold < 0.3
 
 
 def test_a_documents_greatest_logit_is_that_of_all_its_tokens_in_all_its_windows():

@@ -181,6 +181,7 @@ def test_a_stage_of_one_part_resumes_to_the_bit_and_is_exported_whole(place, sta
         ({"loss": {"language_prior": 0.1}}, "needs the frozen FFN among the experts"),
         ({"loss": {"language_prior": 0.1}, "moe": ROUTED, "data": {"replay": 0.0}}, "none is read"),
         ({"loss": {"base_kl": 0.1}, "method": "full"}, "needs the frozen base inside the model"),
+        ({"loss": {"base_kl": 0.1}, "model": {"base": "x", "extend_tokenizer": 9}}, "which cannot read the tokens of"),
         ({"loss": {"base_kl": 0.1}, "data": {"replay": 0.0}}, "`loss.base_kl` is about text of old languages"),
         ({"loss": {"balance_over": "trained"}}, "needs the frozen FFN among the experts"),
         ({"loss": {"balance_over": "trained"}, "moe": {**ROUTED, "experts": 2}}, "nothing to balance"),

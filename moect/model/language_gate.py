@@ -1,9 +1,9 @@
 """One gate value a token, from frozen features: does this token need the new-language experts at all?
 
-Computed once, in the first block that has a module, from features that the module has not touched; shared by every
-block above it. So the decision is consistent through the network and depends on the past only. One token tells little
-of its language: what the block's attention reads of all tokens so far, evenly, tells more
-(`moect.model.even_attention`).
+Computed once, in the first block that has a module, from features that the module has not touched (only behind tokens
+that open it by themselves they have changed, see `moect.model.embeddings`); shared by every block above it. So the
+decision is consistent through the network and depends on the past only. One token tells little of its language: what
+the block's attention reads of all tokens so far, evenly, tells more (`moect.model.even_attention`).
 
 T tokens, D width, C inputs: D, or 2D with the context
 """

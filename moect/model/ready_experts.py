@@ -6,6 +6,7 @@ its FFNs become the experts beside the base's own, which stay frozen.
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 
 import torch
@@ -14,9 +15,43 @@ from torch import nn
 from moect.config import ModelConfig, RunConfig
 from moect.errors import ConfigError
 from moect.model.append import modules_of
-from moect.model.build import load_base
+from moect.model.build import base_fingerprint, load_base, load_base_config
 from moect.model.families import blocks_of
 from moect.model.partition import writing
+
+SHAPE = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size")
+
+
+def check_source(config: RunConfig) -> None:
+    """Whether experts can begin as the FFNs of `model.experts_from`, as far as configurations tell.
+
+    Raises:
+        ConfigError: it cannot be found, is of another family or shape, or the experts are no copies of an FFN.
+    """
+    source, base = (load_base_config(of) for of in (_source(config), config.model))
+    shapes = [{name: getattr(of, name) for name in SHAPE} for of in (source, base)]
+    if shapes[0] != shapes[1]:
+        told = next(
+            f"{name} {shapes[0][name]}, the base {shapes[1][name]}"
+            for name in SHAPE
+            if shapes[0][name] != shapes[1][name]
+        )
+        raise ConfigError(
+            f"model.experts_from {config.model.experts_from!r} has {told}: give a model that was trained from this "
+            "base, `method: full`, exported"
+        )
+    if not config.moe.starts_as_copies(base.intermediate_size):
+        raise ConfigError(
+            "model.experts_from needs experts as wide as the base's FFN whose weights sum to 1: `moe.width: null`, "
+            "`moe.renormalise: true`, `moe.routed_scale: 1.0`"
+        )
+
+
+def source_digest(config: RunConfig) -> str | None:
+    """A digest of the model in `model.experts_from`; None: there is none, or it is not at hand any more."""
+    if not config.model.experts_from or not os.path.isdir(config.model.experts_from):
+        return None
+    return base_fingerprint(_source(config))
 
 
 @torch.no_grad()
@@ -27,27 +62,19 @@ def take_experts(model: nn.Module, config: RunConfig) -> None:
 
     Args:
         model: as `build_model` makes it, also divided among ranks.
-        config: the run, whose experts start as copies.
+        config: the run.
 
     Raises:
-        ConfigError: the model cannot be loaded, or is of another shape.
+        ConfigError: as `check_source`, or the model cannot be loaded.
     """
-    source = ModelConfig(base=config.model.experts_from)
-    trained = load_base(source, modules_of(model)[0].experts.down_proj.dtype)
+    check_source(config)
+    trained = load_base(_source(config), modules_of(model)[0].experts.down_proj.dtype)
     ffns = [block.mlp for block in blocks_of(trained)]
-    shape, of_base = ((len(blocks_of(m)), m.config.hidden_size, m.config.intermediate_size) for m in (trained, model))
-    if shape != of_base:
-        raise ConfigError(
-            f"model.experts_from {config.model.experts_from!r} has (blocks, width, FFN width) {shape}, the base "
-            f"{of_base}: give a model that was trained from this base, `method: full`, exported"
-        )
-    if not modules_of(model)[0].copies:
-        raise ConfigError(
-            "model.experts_from needs experts as wide as the base's FFN whose weights sum to 1: `moe.width: null`, "
-            "`moe.renormalise: true`, `moe.routed_scale: 1.0`"
-        )
     divided = config.train.zero_stage == 3
     for moe in modules_of(model):
-        ffn = ffns[moe.index]
         with writing(list(moe.experts.parameters())) if divided else nullcontext():
-            moe.experts.copy_from(ffn)
+            moe.experts.copy_from(ffns[moe.index])
+
+
+def _source(config: RunConfig) -> ModelConfig:
+    return ModelConfig(base=config.model.experts_from)

@@ -57,19 +57,22 @@ def fill_page(page: Path, results: dict) -> list[Path]:
 def plot_pareto(results: dict, path: Path) -> Path:
     """What the old languages lost against what the new ones gained, on the text of both domains: a faint point a run,
     a full one a method. Up and to the left is better."""
-    runs = [run for run in results["runs"] if run["kind"] == "method"]
-    domains = list(dict.fromkeys(t["domain"] for run in runs for t in run["texts"]))
-    names = list(dict.fromkeys(run["method"] for run in runs))
+    runs, styles = [run for run in results["runs"] if run["kind"] == "method"], _styles(results)
+    domains = tables.domains(results)
     with drawing() as plt:
-        figure, panels = plt.subplots(1, max(1, len(domains)), figsize=(8.2, 4.2), layout="constrained", squeeze=False)
-        for axes, domain in zip(panels[0], domains, strict=False):
-            for number, name in enumerate(names):
-                points = [
-                    (100 * tables.change(run, "old", domain), -100 * tables.change(run, "new", domain))
+        figure, panels = plt.subplots(
+            1, len(domains), figsize=(4.1 * len(domains), 4.2), layout="constrained", squeeze=False
+        )
+        for axes, domain in zip(panels[0], domains, strict=True):
+            for name, (colour, marker) in styles.items():
+                both = [
+                    [tables.change(run, role, domain) for role in ("old", "new")]
                     for run in runs
                     if run["method"] == name
                 ]
-                colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+                points = [(100 * old, -100 * new) for old, new in both if None not in (old, new)]
+                if not points:
+                    continue
                 axes.scatter(*zip(*points, strict=True), color=colour, marker=marker, s=16, alpha=0.35, linewidths=0)
                 middle = tuple(map(mean, zip(*points, strict=True)))
                 axes.scatter(*middle, color=colour, marker=marker, s=42, label=name, zorder=3)
@@ -85,18 +88,20 @@ def plot_pareto(results: dict, path: Path) -> Path:
 
 def plot_curves(results: dict, path: Path) -> Path:
     """Bits per byte by step, of the first seed of each method: new languages, and old ones against the base."""
-    runs = [run for run in results["runs"] if run["kind"] == "method" and len(run["curve"]) > 4]
-    domain = next((p["domain"] for run in runs for p in run["curve"]), "")
+    runs, styles = [run for run in results["runs"] if run["kind"] == "method" and run["curve"]], _styles(results)
+    domain = tables.domains(results)[0]
     with drawing() as plt:
         figure, (new, old) = plt.subplots(1, 2, figsize=(8.2, 3.6), layout="constrained")
         ends = {"new": [], "old": []}
-        for number, run in enumerate({run["method"]: run for run in reversed(runs)}.values()):
-            colour = COLOURS[number % len(COLOURS)]
+        for run in {run["method"]: run for run in reversed(runs)}.values():
+            colour, _ = styles[run["method"]]
             for axes, role in ((new, "new"), (old, "old")):
                 at = [p for p in run["curve"] if (p["role"], p["domain"]) == (role, domain)]
                 values = [
                     p["bits_per_byte"] if role == "new" else 100 * (p["bits_per_byte"] / p["base"] - 1) for p in at
                 ]
+                if not at:
+                    continue
                 steps = [p["step"] for p in at]
                 axes.plot(steps, values, color=colour, marker="o", markersize=3, linewidth=1.2)
                 ends[role].append((steps[-1], values[-1], run["method"], colour))
@@ -105,3 +110,9 @@ def plot_curves(results: dict, path: Path) -> Path:
             by_step(plt, axes)
             name_ends(axes, ends[role])
         return save(plt, figure, path)
+
+
+def _styles(results: dict) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each method, the same in all pictures."""
+    names = dict.fromkeys(run["method"] for run in results["runs"] if run["kind"] == "method")
+    return {n: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, n in enumerate(names)}

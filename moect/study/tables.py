@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from statistics import mean, stdev
 
+from moect.errors import DataError
 from moect.tables import size
 
 Run = dict
@@ -20,22 +21,21 @@ def methods_table(results: dict, against: str) -> str:
         results: of `collect`.
         against: the method whose new languages the others are compared with.
     """
-    groups = _groups(results, "method")
-    reference = mean(bits(run, "new", "web") for run in groups[against]) if against in groups else None
-    heads = ["method", "seeds", "new: web", f"against {against}", "new: news", "old: web", "old: news"]
-    heads += ["old documents identical", "trained", "active", "tokens/s", "memory"]
+    groups, where = _groups(results, "method"), domains(results)
+    reference = mean(bits(run, "new", where[0]) for run in groups[against]) if against in groups else None
+    heads = ["method", "seeds", f"new: {where[0]}", f"against {against}", *(f"new: {d}" for d in where[1:])]
+    heads += [*(f"old: {d}" for d in where), "old documents identical", "trained", "active", "tokens/s", "memory"]
     lines = []
     for name, runs in groups.items():
-        compared = (lambda r: bits(r, "new", "web") / reference - 1) if reference else (lambda r: None)
+        compared = (lambda r: bits(r, "new", where[0]) / reference - 1) if reference else (lambda r: None)
         lines.append(
             [
                 f"`{name}`",
                 str(len(runs)),
-                _spread(runs, lambda r: bits(r, "new", "web"), "{:.3f}"),
+                _spread(runs, lambda r: bits(r, "new", where[0]), "{:.3f}"),
                 _spread(runs, compared, "{:+.1%}"),
-                _spread(runs, lambda r: bits(r, "new", "news"), "{:.3f}"),
-                _spread(runs, lambda r: change(r, "old", "web"), "{:+.2%}"),
-                _spread(runs, lambda r: change(r, "old", "news"), "{:+.2%}"),
+                *(_spread(runs, lambda r, d=d: bits(r, "new", d), "{:.3f}") for d in where[1:]),
+                *(_spread(runs, lambda r, d=d: change(r, "old", d), "{:+.2%}") for d in where),
                 _spread(runs, identical, "{:.1%}"),
                 _millions(runs[0]["trainable"]),
                 _millions(runs[0]["active"]),
@@ -47,9 +47,15 @@ def methods_table(results: dict, against: str) -> str:
 
 
 def languages_table(results: dict, domain: str) -> str:
-    """Bits per byte of each language, a line a method."""
+    """Bits per byte of each language, a line a method.
+
+    Raises:
+        DataError: no text is of this domain.
+    """
     groups = _groups(results, "method")
-    texts = [t for t in next(iter(groups.values()))[0]["texts"] if t["domain"] == domain] if groups else []
+    texts = [t for t in next(iter(groups.values()))[0]["texts"] if t["domain"] == domain]
+    if not texts:
+        raise DataError(f"no text of the study has the domain {domain!r}; there are {', '.join(domains(results))}")
     heads = ["", *(t["lang"] for t in texts)]
     lines = [["base", *(f"{t['base_bits_per_byte']:.3f}" for t in texts)]]
     for name, runs in groups.items():
@@ -62,14 +68,16 @@ def variants_table(results: dict) -> str:
     """A line a variant, below the first seed of the method that it is like."""
     about = results["about"]
     methods, variants = _groups(results, "method"), _groups(results, "variant")
-    heads = ["", "new: web", "change", "new: news", "old: web", "old: news", "old documents identical", "trained"]
+    where = domains(results)
+    heads = ["", f"new: {where[0]}", "change", *(f"new: {d}" for d in where[1:]), *(f"old: {d}" for d in where)]
+    heads += ["old documents identical", "trained"]
     lines = []
     for like in dict.fromkeys(about[name]["like"] for name in variants):
         first = methods.get(like, [None])[0]
         if first:
-            lines.append([f"**`{like}`**", *_variant_cells(first, first)])
+            lines.append([f"**`{like}`**", *_variant_cells(first, first, where)])
         lines += [
-            [f"`{name}`", *_variant_cells(runs[0], first)]
+            [f"`{name}`", *_variant_cells(runs[0], first, where)]
             for name, runs in variants.items()
             if about[name]["like"] == like
         ]
@@ -77,9 +85,16 @@ def variants_table(results: dict) -> str:
 
 
 def lengths_table(results: dict, method: str) -> str:
-    """The share of old documents with bit-identical logits, by their length in tokens, over all seeds."""
+    """The share of old documents with bit-identical logits, by their length in tokens, over all seeds.
+
+    Raises:
+        DataError: no run is of this method.
+    """
     counts: dict[tuple[str, int, int], list[int]] = {}
-    for run in _groups(results, "method").get(method, []):
+    groups = _groups(results, "method")
+    if method not in groups:
+        raise DataError(f"no run of the study is of the method {method!r}; there are {', '.join(groups)}")
+    for run in groups[method]:
         for text in run["texts"]:
             for part in text.get("exact", {}).get("by_length", []) if text["role"] == "old" else []:
                 at = counts.setdefault((text["domain"], part["from"], part["to"]), [0, 0])
@@ -105,15 +120,28 @@ def rates_table(results: dict) -> str:
     return markdown(["", *rates], lines)
 
 
-def bits(run: Run, role: str, domain: str, key: str = "bits_per_byte") -> float:
-    """The mean over the languages of a role."""
-    return mean(t[key] for t in run["texts"] if (t["role"], t["domain"]) == (role, domain))
+def domains(results: dict) -> list[str]:
+    """The domains of the texts that were measured.
+
+    Raises:
+        DataError: no run has ended.
+    """
+    found = list(dict.fromkeys(t["domain"] for run in results["runs"] for t in run["texts"]))
+    if not found:
+        raise DataError("no run of the study has ended: there is nothing to show")
+    return found
 
 
-def change(run: Run, role: str, domain: str) -> float:
+def bits(run: Run, role: str, domain: str) -> float | None:
+    """The mean bits per byte over the languages of a role; None: it has none in this domain."""
+    found = [t["bits_per_byte"] for t in _texts(run, role, domain)]
+    return mean(found) if found else None
+
+
+def change(run: Run, role: str, domain: str) -> float | None:
     """The mean change against the base, a share."""
-    texts = [t for t in run["texts"] if (t["role"], t["domain"]) == (role, domain)]
-    return mean(t["bits_per_byte"] / t["base_bits_per_byte"] - 1 for t in texts)
+    found = [t["bits_per_byte"] / t["base_bits_per_byte"] - 1 for t in _texts(run, role, domain)]
+    return mean(found) if found else None
 
 
 def identical(run: Run) -> float | None:
@@ -129,17 +157,25 @@ def markdown(heads: list[str], lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _variant_cells(run: Run, like: Run | None) -> list[str]:
-    same, new = identical(run), bits(run, "new", "web")
+def _variant_cells(run: Run, like: Run | None, where: list[str]) -> list[str]:
+    new = bits(run, "new", where[0])
+    against = None if like is None or like is run else new / bits(like, "new", where[0]) - 1
     return [
-        f"{new:.3f}",
-        "" if like is None or like is run else f"{new / bits(like, 'new', 'web') - 1:+.1%}",
-        f"{bits(run, 'new', 'news'):.3f}",
-        f"{change(run, 'old', 'web'):+.2%}",
-        f"{change(run, 'old', 'news'):+.2%}",
-        "" if same is None else f"{same:.1%}",
+        _figure(new, "{:.3f}"),
+        _figure(against, "{:+.1%}"),
+        *(_figure(bits(run, "new", d), "{:.3f}") for d in where[1:]),
+        *(_figure(change(run, "old", d), "{:+.2%}") for d in where),
+        _figure(identical(run), "{:.1%}"),
         _millions(run["trainable"]),
     ]
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def _texts(run: Run, role: str, domain: str) -> list[dict]:
+    return [t for t in run["texts"] if (t["role"], t["domain"]) == (role, domain)]
 
 
 def _groups(results: dict, kind: str) -> dict[str, list[Run]]:

@@ -25,7 +25,7 @@ from moect.data.vocabulary.tokenizer import keep_tokenizer, load_tokenizer, run_
 from moect.errors import ForgettingError, Stopped
 from moect.model.append import modules_of
 from moect.model.build import DTYPES, base_files, base_fingerprint, build_model, load_base_config
-from moect.model.ready_experts import take_experts
+from moect.model.ready_experts import source_digest, take_experts
 from moect.monitor.forgetting import ForgettingMonitor
 from moect.monitor.measuring.cost import token_lengths
 from moect.plan import make_plan, render
@@ -107,10 +107,14 @@ class Run:
         rows = distributed.on_main(
             lambda: decide_rows(config, self.loader.stores, vocab_size, self.origin.checkpoint, self.origin.start)
         )
-        opening = distributed.on_main(lambda: opening_tokens(config, self.loader.stores, vocab_size))
+        opening = []
+        if not self.origin.checkpoint:  # which has its own
+            opening = distributed.on_main(lambda: opening_tokens(config, self.loader.stores, vocab_size))
         model = build_model(config, zero3=zero3, rows=rows, extension=self.extension, opening=opening)
+        self.experts_from = self.origin.info.get("experts_from")
         if config.model.experts_from and not self.origin.checkpoint:
             take_experts(model, config)
+            self.experts_from = distributed.on_main(lambda: source_digest(config))
         # a divided parameter is empty
         shapes = build_model(config, meta=True, rows=rows, extension=self.extension) if zero3 else model
         # before DeepSpeed gives all ranks the weights of rank 0
@@ -322,6 +326,7 @@ class Run:
             "base_fingerprint": self.fingerprint,
             "base_memory": self.base.memory,
             "began_from": self.origin.began_from,
+            "experts_from": self.experts_from,
             "extension": extension_digest(self.extension),
             "data": self.loader.state_dict(),
             "world_size": self.world_size,

@@ -108,9 +108,11 @@ def _activations(config: RunConfig, model: nn.Module) -> int:
     for moe in modules_of(model)[:1]:
         widths += moe.config.top_k * (2 * shape.hidden_size + 4 * moe.experts.down_proj.shape[-1])
     blocks = shape.num_hidden_layers
-    kept = shape.hidden_size * blocks + widths if train.activation_checkpointing else widths * blocks
+    at_once = 2 if config.method == "block-expansion" else 1  # a block is recomputed with the one inserted after it
+    kept = shape.hidden_size * blocks + widths * at_once if train.activation_checkpointing else widths * blocks
     b = 2 if train.precision == "bf16" else 4
     # rows that train make logits of their own, and a copy of all with these added
     rows = 2 * b if rows_of(model) else 0
-    logits = min(tokens * shape.vocab_size, CHUNK_ELEMENTS) * (LOGIT_BYTES + rows)
+    sides = 2 if config.loss.base_kl else 1  # the base's
+    logits = sides * min(tokens * shape.vocab_size, CHUNK_ELEMENTS) * (LOGIT_BYTES + rows)
     return tokens * kept * b + logits

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from moect.errors import DataError
 from moect.gate_config import GateConfig, fewest_documents
+from moect.model.language_gate import OPEN
 from moect.model.record import ForwardRecord
 from moect.moe_config import logit_of
 
@@ -90,6 +91,13 @@ def find_threshold(greatest_G: Tensor, languages: list[str], gate: GateConfig) -
             )
         logit = max(logit, sorted(of_language, reverse=True)[k])
     q = _sigmoid(logit + MARGIN)
+    if logit == OPEN:
+        told = ", ".join(f"{sum(v == OPEN for v in of)} of {len(of)} in {k!r}" for k, of in values.items())
+        raise DataError(
+            f"too many documents of data.calibration have tokens that open the language gate by themselves ({told}), "
+            "so no threshold keeps gate.max_touched_old_documents: give more text of their kind in data.train, or set "
+            "gate.telling_tokens: false"
+        )
     if (there := logit_of(q)) <= logit:
         raise DataError(
             "the language gate takes old documents of data.calibration for new ones with certainty, so no threshold "

@@ -6,6 +6,7 @@ import dataclasses
 
 from moect.config import RunConfig, config_from_dict
 from moect.errors import CheckpointError, MoectError
+from moect.model.ready_experts import source_digest
 from moect.train.checkpoints.reading import newest_module_digest
 
 # what decides the meaning of the saved tensors or the order of a corpus: a difference is refused. The shares of the
@@ -23,6 +24,7 @@ FIXED = (
     "data.train",
     "data.sequence_length",
     "data.packing",
+    "gate.telling_tokens",
     "train.batch_size",
     "train.parts",
 )
@@ -41,7 +43,15 @@ FREE = (
 )
 FREE_MOE = ("dispatch", "gate_threshold")
 # what decides which tensors train: another run can begin with them only where these are equal
-SHAPE = ("method", "model.extend_tokenizer", "model.train_embeddings", "moe", "lora", "expansion")
+SHAPE = (
+    "method",
+    "model.extend_tokenizer",
+    "model.train_embeddings",
+    "moe",
+    "lora",
+    "expansion",
+    "gate.telling_tokens",
+)
 
 
 def check_same_run(info: dict, config: RunConfig, fingerprint: str, where: str) -> list[str]:
@@ -71,16 +81,22 @@ def check_same_run(info: dict, config: RunConfig, fingerprint: str, where: str) 
 
 
 def check_same_start(info: dict, config: RunConfig, where: str) -> None:
-    """Whether a run that began from `model.start` did so from what that run has trained by now.
+    """Whether a run that began from `model.start`, or with `model.experts_from`, did so from what is there by now.
 
     Raises:
-        CheckpointError: that run has gone on since.
+        CheckpointError: that run has gone on since, or that model is another.
     """
     now = newest_module_digest(config.model.start) if config.model.start else None
     if now and now != info.get("began_from"):
         raise CheckpointError(
             f"{where}: began from another state of {config.model.start} than its newest checkpoint; to go on as it "
             "began, set model.start=null, else start a new run with name=…"
+        )
+    now = source_digest(config)
+    if now and now != info.get("experts_from"):
+        raise CheckpointError(
+            f"{where}: its experts did not begin as those of {config.model.experts_from} are now; to go on as it "
+            "began, set model.experts_from=null, else start a new run with name=…"
         )
 
 
