@@ -23,6 +23,14 @@ from moect.study.rates import known_rates, next_rates, outcome, tried_rates
 from moect.train.meters import duration
 
 POLL = 0.5  # seconds
+OF_LAUNCHERS = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)  # a run is one rank
 TAIL = 5  # lines of a failed run's log that are shown
 
 
@@ -152,7 +160,8 @@ class Runner:
             config.write_text(yaml.safe_dump(job.values, sort_keys=False, allow_unicode=True), encoding="utf-8")
             command = ["train", "--config", str(config)]
         slot = min(set(range(self.at_once)) - {r.slot for r in self.running.values()})
-        env = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
+        env = {name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}
+        env["OMP_NUM_THREADS"] = str(self.threads)
         if self.gpus:
             ours = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(self.gpus)))
             env["CUDA_VISIBLE_DEVICES"] = ours.split(",")[slot % self.gpus]
