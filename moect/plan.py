@@ -10,6 +10,7 @@ from moect.config import RunConfig, unused_keys
 from moect.data.batches.summary import language_records
 from moect.data_config import DataConfig
 from moect.model.append import modules_of
+from moect.model.block_expansion import copied_blocks
 from moect.model.build import parameter_counts
 from moect.model.embeddings import describe_rows
 from moect.model.flops import training_flops_per_token
@@ -56,6 +57,7 @@ def make_plan(
         "unused_keys": unused_keys(config),
         "base": config.model.base or "from scratch",
         "blocks_with_module": [m.index for m in modules_of(model)],
+        "blocks_copied": copied_blocks(model),
         "parameters": parameter_counts(model),
         "embeddings": describe_rows(model),
         "ranks": world_size,
@@ -131,9 +133,11 @@ def render(plan: dict) -> str:
     """The plan as aligned text."""
     count = plan["parameters"]
     memory = plan["memory_per_rank"]
-    blocks = plan["blocks_with_module"]
+    blocks, copied = plan["blocks_with_module"], plan["blocks_copied"]
+    where = f", module in {len(blocks)} blocks ({_ranges(blocks)})" if blocks else ""
+    where += f", a copy after {len(copied)} blocks ({_ranges(copied)})" if copied else ""
     rows = [
-        ("method", plan["method"] + (f", module in {len(blocks)} blocks ({_ranges(blocks)})" if blocks else "")),
+        ("method", plan["method"] + where),
         ("base", plan["base"]),
         (
             "parameters",

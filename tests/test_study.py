@@ -159,7 +159,9 @@ def test_a_pilot_that_diverged_is_no_choice_and_one_that_was_not_measured_is_an_
 
 
 def test_a_pattern_that_no_run_has_is_refused(files):
-    with pytest.raises(ConfigError, match="--only stagd: no run has that name; there are all, all-seed3"):
+    with pytest.raises(
+        ConfigError, match="--only stagd: no run has that name; there are all, more, staged, wide, fixed"
+    ):
         Runner(Study(files), 1, ["wide", "stagd"])
 
 

@@ -75,6 +75,11 @@ def inserted_blocks(model: nn.Module) -> list[nn.Module]:
     return [block.inserted for block in blocks_of(model) if getattr(block, "inserted", None) is not None]
 
 
+def copied_blocks(model: nn.Module) -> list[int]:
+    """The blocks of the base that are followed by a copy, ascending."""
+    return [i for i, block in enumerate(blocks_of(model)) if getattr(block, "inserted", None) is not None]
+
+
 def all_blocks(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
     """Every block of a causal LM with its own parameters, as they compute one after the other, inserted ones too."""
     for block in blocks_of(model):

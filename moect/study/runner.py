@@ -75,7 +75,8 @@ class Runner:
         self.stopping = 0
         names = {*study.methods, *study.variants, *(f"{n}-seed{s}" for n in study.methods for s in study.seeds)}
         if idle := [pattern for pattern in self.only if not any(fnmatch(name, pattern) for name in names)]:
-            raise ConfigError(f"--only {idle[0]}: no run has that name; there are {', '.join(sorted(names))}")
+            known = ", ".join((*study.methods, *study.variants))
+            raise ConfigError(f"--only {idle[0]}: no run has that name; there are {known}")
 
     def go(self) -> None:
         """Run what is not done, in the order of importance.
