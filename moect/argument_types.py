@@ -21,14 +21,6 @@ def above_zero(text: str) -> float:
     return number
 
 
-def gigabytes(text: str) -> float:
-    """A size in GB."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no size: give more than 0")
-    return value
-
-
 def share(text: str) -> float:
     """A number above 0, at most 1."""
     number = float(text)

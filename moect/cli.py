@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from moect.argument_types import above_zero, gigabytes, positive, share
+from moect.argument_types import above_zero, positive, share
 from moect.bench.command import add_bench
 from moect.errors import MoectError, RankLost
 
@@ -253,7 +253,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--dtype", choices=("auto", "fp32", "bf16"), help="default: export.dtype of the run")
     made.add_argument(
-        "--shard-size", type=gigabytes, default=2.0, metavar="GB", help="of a file of weights (default 2)"
+        "--shard-size", type=above_zero, default=2.0, metavar="GB", help="of a file of weights (default 2)"
     )
     made.add_argument("--no-verify", dest="verify", action="store_false", help="do not compare logits")
     made.add_argument("--adapter", action="store_true", help="what was trained alone, for moect.load (or peft)")

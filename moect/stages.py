@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from moect.config import RunConfig, config_from_dict, load_config, override_value, read_values
+from moect.config import RunConfig, config_from_dict, override_value, read_values
 from moect.errors import ConfigError, DataError, ForgettingError, MoectError
 
 log = logging.getLogger("moect.stages")
@@ -42,19 +42,26 @@ def load_stages(path: str | Path, overrides: list[str] = ()) -> list[RunConfig]:
     Raises:
         ConfigError: the file cannot be read, or something in it cannot be meant.
     """
-    values = read_values(path)
+    return stages_of(read_values(path), str(path), overrides)
+
+
+def stages_of(values: dict, where: str, overrides: list[str] = ()) -> list[RunConfig]:
+    """The runs that plain values describe; arguments and errors as for `load_stages`, `where` begins the messages."""
+    values = copy.deepcopy(values)
     if "stages" not in values:
         if lost := [o for o in overrides if o.startswith("stages.")]:
-            raise ConfigError(f"override {lost[0]!r}: {path} has no `stages`; leave the first two parts out")
-        return [load_config(path, overrides)]
+            raise ConfigError(f"override {lost[0]!r}: {where} has no `stages`; leave the first two parts out")
+        for override in overrides:
+            override_value(values, override)
+        return [config_from_dict(values, where)]
     stages = values.pop("stages")
-    names = _names(stages, str(path))
+    names = _names(stages, where)
     common = [o for o in overrides if o.split("=")[0] in ("name", "output", "resume")]
     for override in common:
         override_value(values, override)
     group = values.pop("name", RunConfig.name)
     if not isinstance(group, str) or not group or "/" in group or group.startswith("."):
-        raise ConfigError(f"{path}: `name` is {group!r}: give a plain folder name")
+        raise ConfigError(f"{where}: `name` is {group!r}: give a plain folder name")
     folder = Path(str(values.pop("output", RunConfig.output))) / group
     configs = []
     for number, stage in enumerate(stages):
@@ -63,9 +70,10 @@ def load_stages(path: str | Path, overrides: list[str] = ()) -> list[RunConfig]:
             wanted, rest = _of_stage(override, names)
             if wanted in (None, stage["name"]):
                 override_value(merged, rest)
-        _resolve(merged, folder, names[:number], f"{path}: stage {stage['name']}")
-        configs.append(config_from_dict(merged, where=f"{path}: stage {stage['name']}"))
-        _check_origin(configs[-1], configs[:-1], f"{path}: stage {stage['name']}")
+        here = f"{where}: stage {stage['name']}"
+        _resolve(merged, folder, names[:number], here)
+        configs.append(config_from_dict(merged, here))
+        _check_origin(configs[-1], configs[:-1], here)
     return configs
 
 

@@ -210,6 +210,12 @@ def test_of_equal_rates_the_lower_is_taken():
         ({"pilot": {"rates": ["fast"], "set": {}}}, "`pilot.rates.0`: input should be a valid number"),
         ({"sees": [1]}, "`sees`: unexpected"),
         ({"extend": "nowhere.yaml"}, "nowhere.yaml: No such file"),
+        ({"name": "../x"}, "`name` is '../x': give a plain folder name"),
+        ({"methods": [{"name": "a", "rate": "fast"}], "variants": []}, "the `rate` of a is 'fast'"),
+        ({"pilot": {"rates": [-1.0], "set": {}}}, "all-seed3: `train.lr` is -1.0"),
+        ({"pilot": {"rates": [0.1], "set": {"trian": {}}}}, "pilot-all-0.1: unknown key `trian`; did you mean `train`"),
+        ({"variants": [{"name": "more", "like": "all"}]}, "two runs are called more"),
+        ({"variants": [{"name": "x", "like": "all", "data": {"replay": 3}}]}, "x: `data.replay` is 3"),
     ],
 )
 def test_what_no_study_can_be_is_refused(files, keys, problem):
@@ -230,7 +236,7 @@ def test_every_run_of_our_own_study_is_a_run(tmp_path, monkeypatch):
         written.write_text(yaml.safe_dump(job.values))
         configs = load_stages(written)
         assert sum(config.train.steps for config in configs) == job.steps
-        assert configs[-1].folder == study.folder / job.last_stage
+        assert configs == job.configs and study.folder in configs[-1].folder.parents
         if job.kind in ("method", "variant"):
             tokens = [c.train.steps * c.train.batch_size * c.data.sequence_length for c in configs]
             assert sum(tokens) == 400 * 4096, "equal tokens"
@@ -246,12 +252,12 @@ def test_a_study_runs_fails_stops_and_goes_on(files, capsys):
         files,
         seeds=[3],
         methods=[{"name": "all", "method": "full", "rate": 0.01}],
-        variants=[{"name": "broken", "rate": 0.1, "data": {"sequence_length": -1}}],
+        variants=[{"name": "broken", "rate": 0.1, "data": {"root": "nowhere"}}],
     )
     with pytest.raises(StudyFailed, match=r"1 run\(s\) did not end well: broken"):
         Runner(Study(files), 2).go()
     told = capsys.readouterr().out
-    assert "FAILED broken (exit code 2)" in told and "data.sequence_length" in told
+    assert "FAILED broken (exit code 2)" in told and "no file matches" in told
     assert [line.split()[:2] for line in told.splitlines() if line.startswith("done")] == [
         ["done", "base"],
         ["done", "base/export"],

@@ -101,7 +101,13 @@ def test_a_page_keeps_its_words_and_gets_tables_and_pictures_again_and_again(res
     page.write_text(PAGE.replace("methods", "riches"))
     with pytest.raises(DataError, match="wants a table `riches`; there are methods"):
         fill_page(page, results)
-    kept.write_text("[]")
+    page.write_text("<!-- study: lengths gat -->\n<!-- end -->")
+    with pytest.raises(DataError, match="has no method 'gat'; there are full, gate, narrow"):
+        fill_page(page, results)
+    page.write_text("<!-- study: lengths gate -->\n<!-- end -->")
+    fill_page(page, {**results, "runs": results["runs"][:1]})
+    assert page.read_text().count("\n|") == 2, "heads alone: no run of it has ended yet"
+    kept.write_text('{"format": 1}')
     assert main(["study", "nowhere.yaml", "--page", str(page)]) == 2
     with pytest.raises(DataError, match="holds no results of a study"):
         read_results(kept)

@@ -70,14 +70,19 @@ def insert_blocks(
     return model
 
 
-def inserted_blocks(model: nn.Module) -> list[nn.Module]:
-    """What `insert_blocks` inserted, by ascending place; empty for a model without."""
-    return [block.inserted for block in blocks_of(model) if getattr(block, "inserted", None) is not None]
-
-
 def copied_blocks(model: nn.Module) -> list[int]:
-    """The blocks of the base that are followed by a copy, ascending."""
+    """The blocks of the base that are followed by a copy, ascending; empty for a model without."""
     return [i for i, block in enumerate(blocks_of(model)) if getattr(block, "inserted", None) is not None]
+
+
+def inserted_blocks(model: nn.Module) -> list[nn.Module]:
+    """What `insert_blocks` inserted, by ascending place."""
+    return [blocks_of(model)[i].inserted for i in copied_blocks(model)]
+
+
+def row_of_blocks(model: nn.Module) -> list[int]:
+    """All blocks in one row, in the order in which they compute; an inserted one by the index of what it copies."""
+    return sorted([*range(len(blocks_of(model))), *copied_blocks(model)])
 
 
 def all_blocks(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
@@ -99,11 +104,6 @@ def without_inserted(model: nn.Module):
     finally:
         for block in blocks:
             block.enabled = True
-
-
-def row_of_blocks(model: nn.Module) -> list[int]:
-    """All blocks in one row, in the order in which they compute; an inserted one by the index of what it copies."""
-    return [i for i, block in enumerate(blocks_of(model)) for _ in range(1 + (block.inserted is not None))]
 
 
 def places(model: nn.Module) -> dict[str, str]:

@@ -27,8 +27,8 @@ from moect.model.partition import divide, dividing, loading_divided
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def load_base_config(config: ModelConfig):
-    """The base's Hugging Face config.
+def load_base_config(config: ModelConfig, key: str = "model.base"):
+    """The base's Hugging Face config; `key` is what the user calls it.
 
     Raises:
         ConfigError: it cannot be found or read, or `model.from_config` is not a config of its family.
@@ -45,8 +45,8 @@ def load_base_config(config: ModelConfig):
         return AutoConfig.from_pretrained(config.base, **_source(config))
     except Exception as error:
         raise ConfigError(
-            f"model.base {config.base!r} cannot be loaded: {_first_line(error)}; give a folder in Hugging Face format "
-            "or a hub name"
+            f"{key} {config.base!r} cannot be loaded: {_first_line(error)}; give a folder in Hugging Face format or a "
+            "hub name"
         ) from error
 
 

@@ -28,7 +28,7 @@ def check_source(config: RunConfig) -> None:
     Raises:
         ConfigError: it cannot be found, is of another family or shape, or the experts are no copies of an FFN.
     """
-    source, base = (load_base_config(of) for of in (_source(config), config.model))
+    source, base = load_base_config(_source(config), "model.experts_from"), load_base_config(config.model)
     shapes = [{name: getattr(of, name) for name in SHAPE} for of in (source, base)]
     if shapes[0] != shapes[1]:
         told = next(

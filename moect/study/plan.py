@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from moect.config import STRICT, RunConfig, load_config, read_values
+from moect.config import STRICT, RunConfig, read_values
 from moect.errors import ConfigError
-from moect.stages import ended, merge
+from moect.stages import ended, merge, stages_of
 
 OWN = ("name", "about", "like", "rate")  # keys of a method that are not the configuration's
 
@@ -48,6 +48,11 @@ class Method:
     values: dict
     like: str | None
     rate: float | None
+
+    @property
+    def has_pilots(self) -> bool:
+        """Whether its learning rate is neither given nor another's."""
+        return self.rate is None and self.like is None
 
 
 @dataclass
@@ -88,6 +93,7 @@ class Job:
         name: of the run, and of its folder.
         kind: `base`, and its `export`; `pilot` of a learning rate; `method` and `variant`, the runs that count.
         values: the configuration, whole.
+        configs: the same, checked: of each of its stages; none of an export.
         method: whose run it is; empty for the base.
         rate: the learning rate.
         seed: of the run.
@@ -96,6 +102,7 @@ class Job:
     name: str
     kind: Literal["base", "export", "pilot", "method", "variant"]
     values: dict
+    configs: list[RunConfig]
     method: str
     rate: float
     seed: int
@@ -103,17 +110,7 @@ class Job:
     @property
     def steps(self) -> int:
         """Optimizer steps, of all its stages."""
-        if self.kind == "export":
-            return 0
-        default = self.values.get("train", {}).get("steps", 1000)
-        stages = self.values.get("stages", [{}])
-        return sum(stage.get("train", {}).get("steps", default) for stage in stages)
-
-    @property
-    def last_stage(self) -> str:
-        """The folder of the run's last stage, within the study's."""
-        stages = self.values.get("stages")
-        return f"{self.name}/{stages[-1]['name']}" if stages else self.name
+        return sum(config.train.steps for config in self.configs)
 
 
 class Study:
@@ -141,6 +138,8 @@ class Study:
             key = ".".join(map(str, first["loc"]))
             raise ConfigError(f"{path}: `{key}`: {first['msg'][0].lower()}{first['msg'][1:]}") from error
         self.path = Path(path)
+        if not file.name or "/" in file.name or file.name.startswith("."):
+            raise ConfigError(f"{path}: `name` is {file.name!r}: give a plain folder name")
         self.folder = Path(file.output) / file.name
         self.seeds, self.pilot, self.curve = file.seeds, file.pilot, file.curve
         self._base, self._shared = (read_values(self.path.parent / name) for name in (file.base, file.extend))
@@ -150,12 +149,11 @@ class Study:
 
     def base(self) -> Job:
         """The run that makes the base."""
-        values = {**self._base, "name": "base", "output": str(self.folder), "resume": "auto"}
-        return Job("base", "base", values, "", values.get("train", {}).get("lr", 0.0), values.get("seed", 0))
+        return self._job("base", "base", self._base, "", 0.0, 0)
 
     def base_export(self) -> Job:
         """Writes the base as what the others extend."""
-        return Job("base/export", "export", {}, "", 0.0, 0)
+        return Job("base/export", "export", {}, [], "", 0.0, 0)
 
     def pilot_job(self, method: str, rate: float) -> Job:
         """A short run of a method at a learning rate; of one in stages, the first."""
@@ -189,24 +187,24 @@ class Study:
         Raises:
             ConfigError: it was begun with other values than it has now.
         """
-        folder, kept = self.folder / job.last_stage, self.kept(job)
-        if job.kind != "export" and kept.is_file() and read_values(kept) != job.values:
-            if (self.folder / job.name).is_dir():
-                raise ConfigError(
-                    f"{self.folder / job.name}: was made with other values than {self.path} has now (see {kept}): move "
-                    "it away to make it again, or change the study back"
-                )
+        folder, kept = self.folder / job.name, self.kept(job)
         if job.kind == "export":
             return (folder / "config.json").is_file()
-        return (folder / "config.yaml").is_file() and ended(load_config(folder / "config.yaml"))
+        if folder.is_dir() and kept.is_file() and read_values(kept) != job.values:
+            raise ConfigError(
+                f"{folder}: was made with other values than {self.path} has now (see {kept}): move it away to make it "
+                "again, or change the study back"
+            )
+        return ended(job.configs[-1])
 
     def _method(self, values: dict) -> Method:
-        name = values.get("name")
+        name, rate = values.get("name"), values.get("rate")
         if not isinstance(name, str) or not name or "/" in name or name.startswith("."):
             raise ConfigError(f"{self.path}: a method's name is {name!r}: give a plain folder name")
-        like = values.get("like")
+        if rate is not None and not isinstance(rate, (int, float)):
+            raise ConfigError(f"{self.path}: the `rate` of {name} is {rate!r}: give a learning rate")
         own = {key: value for key, value in values.items() if key not in OWN}
-        return Method(name, str(values.get("about", "")), own, like, values.get("rate"))
+        return Method(name, str(values.get("about", "")), own, values.get("like"), rate)
 
     def piloted(self, name: str) -> Method:
         """Whose learning rate a method or variant has: that of a method that is piloted, or one that is given."""
@@ -233,19 +231,30 @@ class Study:
 
     def _job(self, name: str, kind, values: dict, method: str, rate: float, seed: int) -> Job:
         values = {**values, "name": name, "output": str(self.folder), "resume": "auto"}
-        return Job(name, kind, values, method, rate, seed)
+        return Job(name, kind, values, stages_of(values, f"{self.path}: {name}"), method, rate, seed)
 
     def _check(self, file: StudyFile) -> None:
         if not self.methods or not self.seeds or not self.pilot.rates:
             raise ConfigError(f"{self.path}: needs at least one of methods, one of seeds and one of pilot.rates")
-        for name in (*self.methods, *self.variants):
-            self._chain(name)
-        runs = [self.method_job(values["name"], 0.0, seed).name for values in file.methods for seed in self.seeds]
-        runs += ["base", "logs", *(values["name"] for values in file.variants)]
+        names = [values["name"] for values in (*file.methods, *file.variants)]
+        runs = [*names, "base", "logs", *(f"{name}-seed{seed}" for name in self.methods for seed in self.seeds)]
         if twice := sorted({name for name in runs if runs.count(name) > 1}):
             raise ConfigError(
                 f"{self.path}: two runs are called {twice[0]}; give each its own name, and each seed once"
             )
+        for name in (*self.methods, *self.variants):
+            self._chain(name)
         for variant in self.variants.values():
             if not variant.like and variant.rate is None:
                 raise ConfigError(f"{self.path}: {variant.name} needs `like`, whose learning rate it takes, or `rate`")
+        # hours before the last of them begins
+        self.base()
+        for name in (*self.methods, *self.variants):
+            rate = self.piloted(name).rate
+            for tried in self.pilot.rates if rate is None else [rate]:
+                if name in self.variants:
+                    self.variant_job(name, tried)
+                    continue
+                self.method_job(name, tried, self.seeds[0])
+                if self.methods[name].has_pilots:
+                    self.pilot_job(name, tried)

@@ -77,7 +77,7 @@ def known_rates(study: Study) -> dict[str, float]:
     """The learning rates of methods and variants that are given, or chosen by now."""
     chosen = {}
     for method in study.methods.values():
-        if method.rate is None and method.like is None:
+        if method.has_pilots:
             tried = tried_rates(study, method.name)
             if tried and None not in tried.values() and not next_rates(tried, study.pilot.rates):
                 chosen[method.name] = best_rate(tried)

@@ -27,7 +27,7 @@ def collect(study: Study) -> dict:
     """
     pilots = {}
     for name in study.methods:
-        if study.piloted(name).name == name and study.methods[name].rate is None:
+        if study.methods[name].has_pilots:
             tried = tried_rates(study, name)
             pilots[name] = {f"{rate:g}": bits for rate, bits in tried.items() if bits is not None}
     rates = known_rates(study)
@@ -62,7 +62,7 @@ def read_results(path: Path) -> dict:
     """
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        if results["format"] != FORMAT:
+        if results["format"] != FORMAT or {"about", "pilots", "runs"} - results.keys():
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: holds no results of a study; make it with moect study FILE --results") from error
@@ -84,11 +84,9 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def _result(study: Study, job: Job) -> dict:
-    folder = study.folder / job.last_stage
+    runs = [read_run(config.folder) for config in job.configs]
+    folder = runs[-1].folder
     summary = summarise(folder, last=True)
-    stages = job.values.get("stages")
-    folders = [study.folder / job.name / stage["name"] for stage in stages] if stages else [folder]
-    runs = [read_run(one) for one in folders]
     if summary.step != runs[-1].config.train.steps:
         raise DataError(
             f"{folder}: its end was not measured, its last measurement is of step {summary.step}: "
@@ -113,16 +111,8 @@ def _result(study: Study, job: Job) -> dict:
 
 
 def _text(row: Row) -> dict:
-    kept = (
-        "lang",
-        "role",
-        "domain",
-        "documents",
-        "bits_per_byte",
-        "base_bits_per_byte",
-        "open_share",
-        "gate_threshold",
-    )
+    kept = ("lang", "role", "domain", "documents", *("bits_per_byte", "base_bits_per_byte"))
+    kept += ("open_share", "gate_threshold")
     text = {key: row[key] for key in kept if row.get(key) is not None}
     if exact := row.get("exact"):
         names = ("documents", "identical_documents", "tokens", "identical_tokens", "by_length")

@@ -23,14 +23,8 @@ from moect.study.rates import known_rates, next_rates, outcome, tried_rates
 from moect.train.meters import duration
 
 POLL = 0.5  # seconds
-OF_LAUNCHERS = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)  # a run is one rank
+# of a launcher above this process; a run is one rank of its own
+OF_LAUNCHERS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 TAIL = 5  # lines of a failed run's log that are shown
 
 
@@ -42,12 +36,13 @@ class StudyFailed(MoectError):
 
 @dataclass
 class Running:
-    """A run under way, and where it runs."""
+    """A run under way, where it runs, and whether it began here or goes on."""
 
     job: Job
     process: subprocess.Popen
     slot: int
     since: float
+    fresh: bool
 
 
 class Runner:
@@ -124,7 +119,7 @@ class Runner:
         first seed, then the next; variants.
 
         Raises:
-            ConfigError: a run was made with other values, or no run is meant by `only`.
+            ConfigError: a run was made with other values.
             DataError: a pilot was not measured.
         """
         study = self.study
@@ -133,7 +128,7 @@ class Runner:
                 return [job]
         jobs = []
         for name, method in study.methods.items():
-            if method.rate is None and method.like is None and self._wants_rate_of(name):
+            if method.has_pilots and self._wants_rate_of(name):
                 tried = tried_rates(study, name)
                 trying = [rate for rate, found in tried.items() if found is None]
                 jobs += [study.pilot_job(name, rate) for rate in (*trying, *next_rates(tried, study.pilot.rates))]
@@ -160,6 +155,7 @@ class Runner:
             config = self.study.kept(job)
             config.write_text(yaml.safe_dump(job.values, sort_keys=False, allow_unicode=True), encoding="utf-8")
             command = ["train", "--config", str(config)]
+        fresh = not (self.study.folder / job.name).exists()
         slot = min(set(range(self.at_once)) - {r.slot for r in self.running.values()})
         env = {name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}
         env["OMP_NUM_THREADS"] = str(self.threads)
@@ -174,7 +170,7 @@ class Runner:
                 env=env,
                 start_new_session=True,  # Ctrl-C reaches this process alone, which tells them
             )
-        self.running[job.name] = Running(job, process, slot, time.monotonic())
+        self.running[job.name] = Running(job, process, slot, time.monotonic(), fresh)
         if self.stopping:  # asked before it could be told
             _ask_to_stop(self.running[job.name])
         print(f"start  {job.name}", flush=True)
@@ -193,7 +189,8 @@ class Runner:
         name, code, seconds = one.job.name, one.process.returncode, time.monotonic() - one.since
         del self.running[name]
         if code == 0 and self.study.done(one.job):
-            self.taken.append((one.job.steps, seconds))
+            if one.fresh:  # of the others nobody knows how many steps these seconds were
+                self.taken.append((one.job.steps, seconds))
             print(f"done   {name:<40} {duration(seconds):>8}{self._eta()}", flush=True)
         elif self.stopping:
             print(f"stop   {name}", flush=True)

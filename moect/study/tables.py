@@ -53,9 +53,9 @@ def languages_table(results: dict, domain: str) -> str:
         DataError: no text is of this domain.
     """
     groups = _groups(results, "method")
-    texts = [t for t in next(iter(groups.values()))[0]["texts"] if t["domain"] == domain]
-    if not texts:
+    if domain not in domains(results):
         raise DataError(f"no text of the study has the domain {domain!r}; there are {', '.join(domains(results))}")
+    texts = [t for t in results["runs"][0]["texts"] if t["domain"] == domain]
     heads = ["", *(t["lang"] for t in texts)]
     lines = [["base", *(f"{t['base_bits_per_byte']:.3f}" for t in texts)]]
     for name, runs in groups.items():
@@ -85,16 +85,15 @@ def variants_table(results: dict) -> str:
 
 
 def lengths_table(results: dict, method: str) -> str:
-    """The share of old documents with bit-identical logits, by their length in tokens, over all seeds.
+    """The share of old documents with bit-identical logits, by their length in tokens, over all seeds that have ended.
 
     Raises:
-        DataError: no run is of this method.
+        DataError: the study has no such method.
     """
     counts: dict[tuple[str, int, int], list[int]] = {}
-    groups = _groups(results, "method")
-    if method not in groups:
-        raise DataError(f"no run of the study is of the method {method!r}; there are {', '.join(groups)}")
-    for run in groups[method]:
+    if method not in results["about"]:
+        raise DataError(f"the study has no method {method!r}; there are {', '.join(results['about'])}")
+    for run in _groups(results, "method").get(method, []):
         for text in run["texts"]:
             for part in text.get("exact", {}).get("by_length", []) if text["role"] == "old" else []:
                 at = counts.setdefault((text["domain"], part["from"], part["to"]), [0, 0])

@@ -12,7 +12,7 @@ from moect.data.reading.evaluation import EvaluationText, is_at_hand, load_evalu
 from moect.data_config import source_key
 from moect.errors import DataError
 from moect.model.append import modules_of
-from moect.model.block_expansion import MARK, all_blocks
+from moect.model.block_expansion import MARK, row_of_blocks
 from moect.model.embeddings import rows_of
 from moect.model.families import blocks_of
 from moect.monitor.measuring.windows import cut_windows, tokenise
@@ -70,7 +70,7 @@ def forward_flops(model: nn.Module, passes: Passes, module: bool = True) -> int:
     rows = rows_of(model) if module else []
     head = 2 * model.lm_head.weight.numel() + (2 * rows[-1].delta.numel() if rows else 0)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    blocks = len(list(all_blocks(model))) if module else len(blocks_of(model))
+    blocks = len(row_of_blocks(model) if module else blocks_of(model))
     # scores, and their mix of values; a token attends to half of its window on average
     attention = 2 * 2 * config.num_attention_heads * head_dim * blocks * passes.squares / 2
     return round(products * passes.tokens + head * passes.predictions + attention)
