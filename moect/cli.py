@@ -173,7 +173,8 @@ def study(arguments: argparse.Namespace) -> None:
     """Run the methods of a study on one base, several at a time, each at the learning rate that pilots find for it."""
     from moect.study.command import run
 
-    run(arguments.file, arguments.jobs, arguments.only, arguments.list, arguments.results, arguments.page)
+    given = ("file", "at_once", "only", "listing", "known", "results", "page")
+    run(**{name: getattr(arguments, name) for name in given})
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -299,13 +300,21 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="methods or runs, with * (default: all)")
     made.add_argument(
         "--jobs",
+        dest="at_once",
         type=positive,
         metavar="N",
         help="runs at a time (default: one a GPU; without one, one a core, at most 8)",
     )
+    made.add_argument(
+        "--known", type=Path, metavar="FILE.json", help="results, perhaps of another machine: these are not run again"
+    )
     instead = made.add_mutually_exclusive_group()
-    instead.add_argument("--list", action="store_true", help="only say what can be run now and is not done")
-    instead.add_argument("--results", type=Path, metavar="OUT.json", help="only write what the finished runs came to")
+    instead.add_argument(
+        "--list", dest="listing", action="store_true", help="only say what can be run now and is not done"
+    )
+    instead.add_argument(
+        "--results", type=Path, metavar="OUT.json", help="only write what has ended, beside what is there of the study"
+    )
     instead.add_argument("--page", type=Path, metavar="PAGE.md", help="only make the tables of a page from PAGE.json")
 
     made = command(compare)

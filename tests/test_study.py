@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,28 +97,31 @@ def test_base_pilots_methods_and_variants_follow_one_another(files):
     while jobs := runner.jobs():
         order.append([job.name for job in jobs])
         end(jobs[0], study, outcomes.get(jobs[0].rate, 1.0))
-    staged = [f"staged-seed{seed}" for seed in (3, 4)]
-    assert order[0] == ["base"] and order[1] == ["base/export"]
-    assert order[2] == ["pilot-all-0.01", "pilot-all-0.02", *staged, "fixed"]
+    bases = ["base-seed3", "base-seed4"]
+    assert order[0] == bases and order[1] == ["base-seed3/export", "base-seed4"]
+    assert order[2] == ["pilot-all-0.01", "pilot-all-0.02", "staged-seed3", "base-seed4", "fixed"]
     assert order[4][0] == "pilot-all-0.04", order
-    both = [f"{name}-seed{seed}" for seed in (3, 4) for name in ("all", "more", "staged")]
-    assert order[5] == [*both, "wide", "fixed"] and len(order) == 13
+    first = [f"{name}-seed3" for name in ("all", "more", "staged")]
+    assert order[5] == [*first, "base-seed4", "wide", "fixed"]
+    assert order[8] == ["base-seed4", "wide", "fixed"] and order[9] == ["base-seed4/export", "wide", "fixed"]
+    second = [f"{name}-seed4" for name in ("all", "more", "staged")]
+    assert order[10] == [*second, "wide", "fixed"] and len(order) == 15
     ran = {path.parent.relative_to(study.folder).as_posix() for path in study.folder.rglob("config.yaml")}
     assert ran >= {"staged-seed3/one", "staged-seed3/two", "more-seed4", "wide"}
     chosen = yaml.safe_load((study.folder / "more-seed4" / "config.yaml").read_text())
     assert chosen["train"]["lr"] == 0.02 and chosen["data"]["replay"] == 0.5 and chosen["seed"] == 4
-    assert chosen["train"]["save_every"] == 2 and chosen["model"]["base"] == str(study.folder / "base" / "export")
+    assert chosen["train"]["save_every"] == 2 and chosen["model"]["base"] == str(study.folder / "base-seed4/export")
     first = yaml.safe_load((study.folder / "all-seed3" / "config.yaml").read_text())
     assert first["train"]["save_every"] == 1, "a curve of the first seed"
 
 
 def test_only_what_is_asked_for_runs_with_the_pilots_that_it_needs(files):
     study = Study(files)
-    for job in (study.base(), study.base_export()):
+    for job in (study.base(3), study.base_export(3)):
         end(job, study)
     names = {
-        "staged": ["staged-seed3", "staged-seed4"],
-        "*-seed4": ["pilot-all-0.01", "pilot-all-0.02", "staged-seed4"],
+        "staged": ["staged-seed3", "base-seed4"],
+        "*-seed4": ["pilot-all-0.01", "pilot-all-0.02", "base-seed4"],
         "wide": ["pilot-all-0.01", "pilot-all-0.02"],
         "fixed": ["fixed"],
     }
@@ -131,7 +135,7 @@ def test_what_is_like_something_is_like_all_that_that_is_like(files):
     study = Study(files)
     values = study.variant_job("longer", 0.02).values
     assert values["method"] == "full" and values["data"]["replay"] == 0.5 and values["train"]["steps"] == 9
-    for job in (study.base(), study.base_export()):
+    for job in (study.base(3), study.base_export(3)):
         end(job, study)
     assert [j.name for j in Runner(study, 1, ["longer"]).jobs()] == ["pilot-all-0.01", "pilot-all-0.02"]
     for rate, bits in ((0.01, 1.0), (0.02, 2.0), (0.005, 3.0)):
@@ -145,7 +149,7 @@ def test_what_is_like_something_is_like_all_that_that_is_like(files):
 
 def test_a_pilot_that_diverged_is_no_choice_and_one_that_was_not_measured_is_an_error(files):
     study = Study(files)
-    for job in (study.base(), study.base_export(), study.pilot_job("all", 0.01)):
+    for job in (study.base(3), study.base_export(3), study.pilot_job("all", 0.01)):
         end(job, study, 1.5)
     end(study.pilot_job("all", 0.02), study)
     log = study.folder / "pilot-all-0.02" / "log.jsonl"
@@ -158,6 +162,25 @@ def test_a_pilot_that_diverged_is_no_choice_and_one_that_was_not_measured_is_an_
         Runner(study, 1).jobs()
 
 
+def test_what_is_known_of_the_same_runs_is_not_run_again(files):
+    study = Study(files)
+    rates = [(0.005, 3.0), (0.01, 1.0), (0.02, None)]  # the last diverged
+    ended = [(study.pilot_job("all", rate), bits) for rate, bits in rates]
+    ended += [(study.method_job("all", 0.01, seed), 1.0) for seed in study.seeds]
+    known = [{"name": job.name, "made_of": study.made_of(job), "bits_per_byte": bits} for job, bits in ended]
+    again = Study(files, known)
+    runner = Runner(again, 1)
+    assert tried_rates(again, "all") == {0.005: 3.0, 0.01: 1.0, 0.02: float("inf")}
+    assert [job.name for job in runner.left()] == [
+        *("more-seed3", "staged-seed3", "more-seed4", "staged-seed4", "wide", "fixed")
+    ]
+    assert [job.name for job in runner.jobs()] == ["base-seed3", "base-seed4"]
+    assert not Runner(again, 1, ["all"]).jobs(), "no base for nothing"
+    base = files.parent / "base.yaml"
+    base.write_text(base.read_text().replace("steps: 2", "steps: 5"))
+    assert Runner(Study(files, known), 1, ["all"]).left()[0].name == "pilot-all-0.01", "on another base"
+
+
 def test_a_pattern_that_no_run_has_is_refused(files):
     with pytest.raises(
         ConfigError, match="--only stagd: no run has that name; there are all, more, staged, wide, fixed"
@@ -167,13 +190,13 @@ def test_a_pattern_that_no_run_has_is_refused(files):
 
 def test_a_run_that_was_made_from_another_study_is_not_taken_for_this_one(files):
     study = Study(files)
-    end(study.base(), study)
-    study.kept(study.base()).parent.mkdir()
-    study.kept(study.base()).write_text(yaml.safe_dump(study.base().values))
-    assert study.done(study.base())
+    end(study.base(3), study)
+    study.kept(study.base(3)).parent.mkdir()
+    study.kept(study.base(3)).write_text(yaml.safe_dump(study.base(3).values))
+    assert study.done(study.base(3))
     base = files.parent / "base.yaml"
     base.write_text(base.read_text().replace("steps: 2", "steps: 5"))
-    with pytest.raises(ConfigError, match="study/base: was made with other values .* move it away"):
+    with pytest.raises(ConfigError, match="study/base-seed3: was made with other values .* move it away"):
         Runner(Study(files), 1).jobs()
 
 
@@ -228,7 +251,7 @@ def test_what_no_study_can_be_is_refused(files, keys, problem):
 def test_every_run_of_our_own_study_is_a_run(tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     study = Study(OURS)
-    jobs = [study.base(), *(study.pilot_job(name, 0.001) for name in study.methods)]
+    jobs = [study.base(0), *(study.pilot_job(name, 0.001) for name in study.methods)]
     jobs += [study.method_job(name, 0.001, seed) for name in study.methods for seed in study.seeds]
     jobs += [study.variant_job(name, 0.001) for name in study.variants]
     for job in jobs:
@@ -239,7 +262,7 @@ def test_every_run_of_our_own_study_is_a_run(tmp_path, monkeypatch):
         assert configs == job.configs and study.folder in configs[-1].folder.parents
         if job.kind in ("method", "variant"):
             tokens = [c.train.steps * c.train.batch_size * c.data.sequence_length for c in configs]
-            assert sum(tokens) == 400 * 4096, "equal tokens"
+            assert sum(tokens) == 400 * 2048, "equal tokens"
         measured = {source.path for config in configs for source in config.data.evaluation}
         assert not measured & {source.path for config in configs for source in config.data.train}
         if job.kind == "pilot":
@@ -259,11 +282,16 @@ def test_a_study_runs_fails_stops_and_goes_on(files, capsys):
     told = capsys.readouterr().out
     assert "FAILED broken (exit code 2)" in told and "no file matches" in told
     assert [line.split()[:2] for line in told.splitlines() if line.startswith("done")] == [
-        ["done", "base"],
-        ["done", "base/export"],
+        ["done", "base-seed3"],
+        ["done", "base-seed3/export"],
         ["done", "all-seed3"],
     ]
     results = collect(Study(files))
+    elsewhere = shutil.copytree(Study(files).folder, files.parent / "elsewhere")
+    shutil.rmtree(Study(files).folder)
+    known = Study(files, results["runs"])
+    assert [job.name for job in Runner(known, 2).left()] == ["broken"] and collect(known) == results
+    shutil.copytree(elsewhere, known.folder)
     (row,) = (
         r for r in read_rows(Study(files).folder / "all-seed3" / "monitor") if (r["step"], r["lang"]) == (2, "cy")
     )

@@ -11,7 +11,13 @@ from moect.study.runner import Runner
 
 
 def run(
-    file: Path, at_once: int | None, only: list[str], listing: bool, results: Path | None, page: Path | None
+    file: Path,
+    at_once: int | None,
+    only: list[str],
+    listing: bool,
+    known: Path | None,
+    results: Path | None,
+    page: Path | None,
 ) -> None:
     """Do what the command line says.
 
@@ -20,14 +26,19 @@ def run(
         at_once: runs side by side; None: see `Runner`.
         only: patterns of runs; empty: all.
         listing: only say what can be run now.
-        results: only write the results there.
+        known: results whose runs need not be run again.
+        results: only write the results there, beside those that are there already of the same runs.
         page: only fill this page, from the results beside it.
     """
-    study = Study(file)
+    earlier = known or (results if results and results.exists() else None)
+    records = read_results(earlier)["runs"] if earlier else []
+    study = Study(file, records)
     if results:
         found = collect(study)
         write_results(found, results)
-        print(f"wrote {results}: {len(found['runs'])} runs")
+        lost = len({record["name"] for record in records} - {run["name"] for run in found["runs"]})
+        told = f"; left out {lost} that this study does not have, or has with other values" * bool(lost)
+        print(f"wrote {results}: {len(found['runs'])} runs{told}")
     elif page:
         for path in fill_page(page, read_results(page.with_suffix(".json"))):
             print(f"wrote {path}")

@@ -1,7 +1,7 @@
 """What a study is: a file that names a base, what all runs share, and what makes each of them different.
 
     name: study
-    base: base.yaml                     a run that makes the base; its export is what all others extend
+    base: base.yaml                     a run that makes the base, once a seed; its export is what the others extend
     extend: extend.yaml                 what all runs share
     seeds: [0, 1, 2]
     pilot:                              short runs that choose each method's learning rate
@@ -20,6 +20,9 @@ run. `rate` is a learning rate that needs no pilot.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -118,9 +121,10 @@ class Study:
 
     Args:
         path: the file; the files that it names lie beside it.
+        known: what earlier runs of it came to, as `moect.study.results` keeps it: they need not be run again.
 
     Attributes:
-        folder: all runs lie in it, the base's too.
+        folder: all runs lie in it, the bases' too.
         methods, variants: by name, in the order of the file.
         seeds, pilot: as in the file.
 
@@ -128,7 +132,7 @@ class Study:
         ConfigError: a file cannot be read, or something in it cannot be meant.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, known: Sequence[dict] = ()):
         from pydantic import TypeAdapter, ValidationError
 
         try:
@@ -145,15 +149,16 @@ class Study:
         self._base, self._shared = (read_values(self.path.parent / name) for name in (file.base, file.extend))
         self.methods = {m.name: m for m in map(self._method, file.methods)}
         self.variants = {m.name: m for m in map(self._method, file.variants)}
+        self._known = {record["name"]: record for record in known}
         self._check(file)
 
-    def base(self) -> Job:
-        """The run that makes the base."""
-        return self._job("base", "base", self._base, "", 0.0, 0)
+    def base(self, seed: int) -> Job:
+        """The run that makes the base of the runs with this seed."""
+        return self._job(f"base-seed{seed}", "base", {**self._base, "seed": seed}, "", 0.0, seed)
 
-    def base_export(self) -> Job:
-        """Writes the base as what the others extend."""
-        return Job("base/export", "export", {}, [], "", 0.0, 0)
+    def base_export(self, seed: int) -> Job:
+        """Writes a base as what the others extend."""
+        return Job(f"base-seed{seed}/export", "export", {}, [], "", 0.0, seed)
 
     def pilot_job(self, method: str, rate: float) -> Job:
         """A short run of a method at a learning rate; of one in stages, the first."""
@@ -181,8 +186,22 @@ class Study:
         """The file that a run is made from; it stays beside its log."""
         return self.folder / "logs" / f"{job.name.replace('/', '-')}.yaml"
 
+    def made_of(self, job: Job) -> str:
+        """A digest of all values that a run depends on, those of its base included."""
+        values = [self.base(job.seed).values, job.values]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+    def known(self, job: Job) -> dict | None:
+        """What is known of a run from elsewhere; None: nothing, or it was made of other values."""
+        record = self._known.get(job.name)
+        return record if record and record["made_of"] == self.made_of(job) else None
+
     def done(self, job: Job) -> bool:
-        """Whether a run has come to its end.
+        """Whether a run need not be run: it is known, or has ended."""
+        return self.known(job) is not None or self.ended(job)
+
+    def ended(self, job: Job) -> bool:
+        """Whether a run has come to its end here.
 
         Raises:
             ConfigError: it was begun with other values than it has now.
@@ -226,7 +245,7 @@ class Study:
         values = self._shared
         for one in reversed(self._chain(method.name)):
             values = merge(values, one.values)
-        values = merge(values, {"model": {"base": str(self.folder / "base" / "export")}})
+        values = merge(values, {"model": {"base": str(self.folder / self.base_export(seed).name)}})
         return merge(values, {"seed": seed, "train": {"lr": rate}})
 
     def _job(self, name: str, kind, values: dict, method: str, rate: float, seed: int) -> Job:
@@ -237,7 +256,7 @@ class Study:
         if not self.methods or not self.seeds or not self.pilot.rates:
             raise ConfigError(f"{self.path}: needs at least one of methods, one of seeds and one of pilot.rates")
         names = [values["name"] for values in (*file.methods, *file.variants)]
-        runs = [*names, "base", "logs", *(f"{name}-seed{seed}" for name in self.methods for seed in self.seeds)]
+        runs = [*names, "logs", *(f"{name}-seed{seed}" for name in (*self.methods, "base") for seed in self.seeds)]
         if twice := sorted({name for name in runs if runs.count(name) > 1}):
             raise ConfigError(
                 f"{self.path}: two runs are called {twice[0]}; give each its own name, and each seed once"
@@ -248,7 +267,7 @@ class Study:
             if not variant.like and variant.rate is None:
                 raise ConfigError(f"{self.path}: {variant.name} needs `like`, whose learning rate it takes, or `rate`")
         # hours before the last of them begins
-        self.base()
+        self.base(self.seeds[0])
         for name in (*self.methods, *self.variants):
             rate = self.piloted(name).rate
             for tried in self.pilot.rates if rate is None else [rate]:

@@ -25,8 +25,10 @@ def outcome(study: Study, method: str, rate: float) -> float | None:
         DataError: it was not measured.
     """
     job = study.pilot_job(method, rate)
+    if (record := study.known(job)) is not None:
+        return math.inf if record["bits_per_byte"] is None else record["bits_per_byte"]
     folder = study.folder / job.name
-    if not study.done(job):
+    if not study.ended(job):
         entries = read_run(folder).log.entries if (folder / "config.yaml").is_file() else []
         gave_up = entries and entries[-1].get("event") == "stop" and entries[-1].get("why")
         return math.inf if gave_up else None
@@ -66,11 +68,9 @@ def tried_rates(study: Study, method: str) -> dict[float, float | None]:
     grid = {*first}
     for n in range(1, MOST + 1):
         grid |= {min(first) / FACTOR**n, max(first) * FACTOR**n}
-    return {
-        rate: outcome(study, method, rate)
-        for rate in sorted(grid)
-        if (study.folder / study.pilot_job(method, rate).name).is_dir()
-    }
+    jobs = {rate: study.pilot_job(method, rate) for rate in sorted(grid)}
+    begun = [rate for rate, job in jobs.items() if study.known(job) or (study.folder / job.name).is_dir()]
+    return {rate: outcome(study, method, rate) for rate in begun}
 
 
 def known_rates(study: Study) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from statistics import mean
@@ -14,30 +15,31 @@ from moect.monitor.rows import Row
 from moect.study.plan import Job, Study
 from moect.study.rates import known_rates, tried_rates
 
-FORMAT = 1
+FORMAT = 2
 
 
 def collect(study: Study) -> dict:
-    """The finished runs of a study.
+    """What has ended of a study: here, or known from elsewhere.
 
     Returns:
-        `about`: by name of method or variant; `pilots`: bits per byte by method and learning rate; `runs`: each with
-        name, method, kind, seed, rate, tokens, trainable, active, tokens_per_second, peak_memory (bytes), `texts`, what
-        was measured of each held-out text at the end, and `curve`, the means by role and domain on the way.
+        `about`: by name of method or variant. `runs`: each with name, method, kind, seed, rate and `made_of`; a pilot
+        also with `bits_per_byte`, null if it diverged; the others with steps, tokens, trainable, active,
+        tokens_per_second, peak_memory (bytes), `texts`, what was measured of each held-out text at the end, and
+        `curve`, the means by role and domain on the way.
     """
-    pilots = {}
+    rates = known_rates(study)
+    runs = []
     for name in study.methods:
         if study.methods[name].has_pilots:
             tried = tried_rates(study, name)
-            pilots[name] = {f"{rate:g}": bits for rate, bits in tried.items() if bits is not None}
-    rates = known_rates(study)
+            runs += [_pilot(study, study.pilot_job(name, r), bits) for r, bits in tried.items() if bits is not None]
     jobs = [
         study.method_job(name, rates[name], seed) for name in study.methods if name in rates for seed in study.seeds
     ]
     jobs += [study.variant_job(name, rates[name]) for name in study.variants if name in rates]
+    runs += [_result(study, job) if study.ended(job) else study.known(job) for job in jobs if study.done(job)]
     about = {m.name: {"about": m.about, "like": m.like} for m in (*study.methods.values(), *study.variants.values())}
-    runs = [_result(study, job) for job in jobs if study.done(job)]
-    return {"format": FORMAT, "about": about, "pilots": pilots, "runs": runs}
+    return {"format": FORMAT, "about": about, "runs": runs}
 
 
 def write_results(results: dict, path: Path) -> None:
@@ -62,7 +64,7 @@ def read_results(path: Path) -> dict:
     """
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        if results["format"] != FORMAT or {"about", "pilots", "runs"} - results.keys():
+        if results["format"] != FORMAT or {"about", "runs"} - results.keys():
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: holds no results of a study; make it with moect study FILE --results") from error
@@ -83,6 +85,16 @@ def replace_text(path: Path, text: str) -> None:
         raise DataError(f"{path}: cannot be written: {error.strerror or error}; give another place") from error
 
 
+def _pilot(study: Study, job: Job, bits: float) -> dict:
+    return {**_head(study, job), "bits_per_byte": bits if math.isfinite(bits) else None}
+
+
+def _head(study: Study, job: Job) -> dict:
+    method = job.name if job.kind == "variant" else job.method
+    named = {"name": job.name, "method": method, "kind": job.kind, "seed": job.seed, "rate": job.rate}
+    return {**named, "made_of": study.made_of(job)}
+
+
 def _result(study: Study, job: Job) -> dict:
     runs = [read_run(config.folder) for config in job.configs]
     folder = runs[-1].folder
@@ -94,11 +106,7 @@ def _result(study: Study, job: Job) -> dict:
         )
     peaks = [event["peak_memory"] for run in runs for event in run.log.events("checkpoint") if event.get("peak_memory")]
     return {
-        "name": job.name,
-        "method": job.method if job.kind == "method" else job.name,
-        "kind": job.kind,
-        "seed": job.seed,
-        "rate": job.rate,
+        **_head(study, job),
         "steps": job.steps,
         "tokens": sum(run.plan["tokens"] for run in runs),
         "trainable": max(run.plan["parameters"]["trainable"] for run in runs),

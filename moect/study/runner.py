@@ -99,8 +99,9 @@ class Runner:
             while not self.stopping:
                 ready = [job for job in self.jobs() if job.name not in self.running and job.name not in self.failed]
                 for job in ready[: self.at_once - len(self.running)]:
-                    if not self.stopping:
-                        self._start(job)
+                    if self.stopping or not self._has_room(job):
+                        break
+                    self._start(job)
                 if not self.running:
                     break
                 self._wait()
@@ -115,17 +116,23 @@ class Runner:
                 signal.signal(s, handler)
 
     def jobs(self) -> list[Job]:
-        """What can be run now and is not done, the most important first: the base; pilots; the methods with their
-        first seed, then the next; variants.
+        """What can be run now and is not done, the most important first.
 
         Raises:
             ConfigError: a run was made with other values.
             DataError: a pilot was not measured.
         """
+        ready = {}
+        for job in self.left():
+            bases = (self.study.base(job.seed), self.study.base_export(job.seed))
+            first = next((base for base in bases if not self.study.ended(base)), job)
+            ready.setdefault(first.name, first)
+        return list(ready.values())
+
+    def left(self) -> list[Job]:
+        """What is wanted, known by now, and not done, the most important first: pilots; the methods with their first
+        seed, then the next; variants. Errors as for `jobs`."""
         study = self.study
-        for job in (study.base(), study.base_export()):
-            if not study.done(job):
-                return [job]
         jobs = []
         for name, method in study.methods.items():
             if method.has_pilots and self._wants_rate_of(name):
@@ -149,8 +156,15 @@ class Runner:
     def _matches(self, *names: str) -> bool:
         return not self.only or any(fnmatch(name, pattern) for name in names for pattern in self.only)
 
+    def _has_room(self, job: Job) -> bool:
+        """A base has all cores, alone, so that it is the same whatever else there is to do."""
+        if self.gpus:
+            return True
+        alone = job.kind == "base" or any(r.job.kind == "base" for r in self.running.values())
+        return not (alone and self.running)
+
     def _start(self, job: Job) -> None:
-        command = ["export", str(self.study.folder / "base")]
+        command = ["export", str((self.study.folder / job.name).parent)]
         if job.kind != "export":
             config = self.study.kept(job)
             config.write_text(yaml.safe_dump(job.values, sort_keys=False, allow_unicode=True), encoding="utf-8")
@@ -158,7 +172,7 @@ class Runner:
         fresh = not (self.study.folder / job.name).exists()
         slot = min(set(range(self.at_once)) - {r.slot for r in self.running.values()})
         env = {name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}
-        env["OMP_NUM_THREADS"] = str(self.threads)
+        env["OMP_NUM_THREADS"] = str(self.threads if self.gpus or job.kind != "base" else available_cores())
         if self.gpus:
             ours = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(self.gpus)))
             env["CUDA_VISIBLE_DEVICES"] = ours.split(",")[slot % self.gpus]
@@ -188,8 +202,8 @@ class Runner:
     def _end(self, one: Running) -> None:
         name, code, seconds = one.job.name, one.process.returncode, time.monotonic() - one.since
         del self.running[name]
-        if code == 0 and self.study.done(one.job):
-            if one.fresh:  # of the others nobody knows how many steps these seconds were
+        if code == 0 and self.study.ended(one.job):
+            if one.fresh and one.job.kind != "base":  # of the others nobody knows how many steps these seconds were
                 self.taken.append((one.job.steps, seconds))
             print(f"done   {name:<40} {duration(seconds):>8}{self._eta()}", flush=True)
         elif self.stopping:
@@ -209,7 +223,7 @@ class Runner:
 
     def _eta(self) -> str:
         """By the time that steps have taken; pilots that will still turn out to be needed are not known."""
-        left = sum(job.steps for job in self.jobs())
+        left = sum(job.steps for job in self.left())
         steps = sum(n for n, _ in self.taken)
         if not left or not steps:
             return ""
@@ -217,7 +231,7 @@ class Runner:
         return f"   ETA {duration(seconds)}"
 
     def _tell_state(self) -> None:
-        waiting = self.jobs()
+        waiting = self.left()
         each = f"{self.threads} thread{'s' * (self.threads > 1)}" if not self.gpus else "a GPU"
         print(
             f"{self.study.folder}: {len(waiting)} runs are known to be left, {self.at_once} at a time with {each} each"

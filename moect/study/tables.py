@@ -22,24 +22,32 @@ def methods_table(results: dict, against: str) -> str:
         against: the method whose new languages the others are compared with.
     """
     groups, where = _groups(results, "method"), domains(results)
-    reference = mean(bits(run, "new", where[0]) for run in groups[against]) if against in groups else None
+    references = {run["seed"]: run for run in groups.get(against, [])}  # on the same base
+
+    def worse(run: Run) -> float | None:
+        reference = references.get(run["seed"])
+        return bits(run, "new", where[0]) / bits(reference, "new", where[0]) - 1 if reference else None
+
+    def speed(run: Run) -> float | None:
+        reference = references.get(run["seed"])
+        return run["tokens_per_second"] / reference["tokens_per_second"] if reference else None
+
     heads = ["method", "seeds", f"new: {where[0]}", f"against {against}", *(f"new: {d}" for d in where[1:])]
-    heads += [*(f"old: {d}" for d in where), "old documents identical", "trained", "active", "tokens/s", "memory"]
+    heads += [*(f"old: {d}" for d in where), "old documents identical", "trained", "active", "speed", "memory"]
     lines = []
     for name, runs in groups.items():
-        compared = (lambda r: bits(r, "new", where[0]) / reference - 1) if reference else (lambda r: None)
         lines.append(
             [
                 f"`{name}`",
                 str(len(runs)),
                 _spread(runs, lambda r: bits(r, "new", where[0]), "{:.3f}"),
-                _spread(runs, compared, "{:+.1%}"),
+                _spread(runs, worse, "{:+.1%}"),
                 *(_spread(runs, lambda r, d=d: bits(r, "new", d), "{:.3f}") for d in where[1:]),
                 *(_spread(runs, lambda r, d=d: change(r, "old", d), "{:+.2%}") for d in where),
                 _spread(runs, identical, "{:.1%}"),
                 _millions(runs[0]["trainable"]),
                 _millions(runs[0]["active"]),
-                _spread(runs, lambda r: r["tokens_per_second"], "{:,.0f}", spread=False),
+                _spread(runs, speed, "{:.2f}", spread=False),
                 size(max(r["peak_memory"] or 0 for r in runs)),
             ]
         )
@@ -55,12 +63,15 @@ def languages_table(results: dict, domain: str) -> str:
     groups = _groups(results, "method")
     if domain not in domains(results):
         raise DataError(f"no text of the study has the domain {domain!r}; there are {', '.join(domains(results))}")
-    texts = [t for t in results["runs"][0]["texts"] if t["domain"] == domain]
-    heads = ["", *(t["lang"] for t in texts)]
-    lines = [["base", *(f"{t['base_bits_per_byte']:.3f}" for t in texts)]]
-    for name, runs in groups.items():
-        cells = [_spread(runs, lambda r, t=t: _text(r, t["lang"], domain)["bits_per_byte"], "{:.3f}") for t in texts]
-        lines.append([f"`{name}`", *cells])
+    languages = [t["lang"] for t in _measured(results)[0]["texts"] if t["domain"] == domain]
+    of_seeds = list({run["seed"]: run for run in _measured(results)}.values())  # one of each base
+
+    def cells(runs: list[Run], key: str) -> list[str]:
+        return [_spread(runs, lambda r, lang=lang: _text(r, lang, domain)[key], "{:.3f}") for lang in languages]
+
+    heads = ["", *languages]
+    lines = [["base", *cells(of_seeds, "base_bits_per_byte")]]
+    lines += [[f"`{name}`", *cells(runs, "bits_per_byte")] for name, runs in groups.items()]
     return markdown(heads, lines)
 
 
@@ -72,8 +83,9 @@ def variants_table(results: dict) -> str:
     heads = ["", f"new: {where[0]}", "change", *(f"new: {d}" for d in where[1:]), *(f"old: {d}" for d in where)]
     heads += ["old documents identical", "trained"]
     lines = []
+    seeds = {run["seed"] for runs in variants.values() for run in runs}  # one: the first
     for like in dict.fromkeys(about[name]["like"] for name in variants):
-        first = methods.get(like, [None])[0]
+        first = next((run for run in methods.get(like, []) if run["seed"] in seeds), None)
         if first:
             lines.append([f"**`{like}`**", *_variant_cells(first, first, where)])
         lines += [
@@ -109,14 +121,15 @@ def lengths_table(results: dict, method: str) -> str:
 
 def rates_table(results: dict) -> str:
     """What the pilots came to at each learning rate; the best in bold."""
-    pilots = results["pilots"]
-    rates = sorted({rate for tried in pilots.values() for rate in tried}, key=float)
+    groups = _groups(results, "pilot")
+    rates = sorted({run["rate"] for runs in groups.values() for run in runs})
     lines = []
-    for name, tried in pilots.items():
-        best = min(tried, key=lambda rate: (tried[rate], float(rate)))
-        cells = ["" if r not in tried else f"**{tried[r]:.3f}**" if r == best else f"{tried[r]:.3f}" for r in rates]
-        lines.append([f"`{name}`", *cells])
-    return markdown(["", *rates], lines)
+    for name, runs in groups.items():
+        tried = {run["rate"]: run["bits_per_byte"] for run in runs}
+        best = min((rate for rate in tried if tried[rate] is not None), key=lambda r: (tried[r], r), default=None)
+        told = {rate: "diverged" if bits is None else f"{bits:.3f}" for rate, bits in tried.items()}
+        lines.append([f"`{name}`", *(f"**{told[r]}**" if r == best else told.get(r, "") for r in rates)])
+    return markdown(["", *(f"{rate:g}" for rate in rates)], lines)
 
 
 def domains(results: dict) -> list[str]:
@@ -125,7 +138,7 @@ def domains(results: dict) -> list[str]:
     Raises:
         DataError: no run has ended.
     """
-    found = list(dict.fromkeys(t["domain"] for run in results["runs"] for t in run["texts"]))
+    found = list(dict.fromkeys(t["domain"] for run in _measured(results) for t in run["texts"]))
     if not found:
         raise DataError("no run of the study has ended: there is nothing to show")
     return found
@@ -175,6 +188,11 @@ def _figure(value: float | None, form: str) -> str:
 
 def _texts(run: Run, role: str, domain: str) -> list[dict]:
     return [t for t in run["texts"] if (t["role"], t["domain"]) == (role, domain)]
+
+
+def _measured(results: dict) -> list[Run]:
+    """The runs that count."""
+    return [run for run in results["runs"] if run["kind"] != "pilot"]
 
 
 def _groups(results: dict, kind: str) -> dict[str, list[Run]]:
