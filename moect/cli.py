@@ -91,11 +91,11 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Measure a checkpoint of a run as its training would have, and add the results to the run's."""
-    from moect.evaluate import evaluate_run
+    from moect.evaluate import evaluate_mixed, evaluate_run
 
-    failed = True
+    failed, measure = True, evaluate_mixed if arguments.mixed else evaluate_run
     try:
-        evaluation = evaluate_run(arguments.run_folder, arguments.checkpoint, arguments.overrides)
+        evaluation = measure(arguments.run_folder, arguments.checkpoint, arguments.overrides)
         failed = False
     finally:
         from moect import distributed
@@ -103,7 +103,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         main = distributed.is_main()
         distributed.stop(failed)
     if main:
-        _tell_evaluation(evaluation)
+        (_tell_mixed if arguments.mixed else _tell_evaluation)(evaluation)
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -244,6 +244,11 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="section.key=value", help="monitor.* and data.evaluation, over the run's"
     )
     made.add_argument("--checkpoint", metavar="step-N", help="default: the one that would be exported")
+    made.add_argument(
+        "--mixed",
+        action="store_true",
+        help="measure the language gate on documents that change between an old and a new language instead",
+    )
 
     made = command(export)
     made.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run")
@@ -351,6 +356,18 @@ def _tell_evaluation(evaluation) -> None:
     print(f"wrote {evaluation.folder}")
     for path in write_report(evaluation.folder.parent):
         print(f"wrote {path}")
+
+
+def _tell_mixed(evaluation) -> None:
+    from moect.monitor.measuring.mixed import render_mixed
+
+    pairs = len({(row["old"], row["new"], row["domain"]) for row in evaluation.rows})
+    print(
+        f"{evaluation.checkpoint}\n\nparts of documents of an old and a new language, bits per byte, means over ",
+        end="",
+    )
+    print(f"{pairs} pairs; tokens pass above {evaluation.rows[0]['gate_threshold']:.6g}\n")
+    print(f"{render_mixed(evaluation.rows)}\n\nwrote {evaluation.folder / 'mixed.jsonl'}")
 
 
 def _calm_libraries() -> None:

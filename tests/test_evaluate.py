@@ -12,8 +12,8 @@ import pytest
 from small_runs import ROLES, copy_run, free_port
 
 from moect.errors import CheckpointError, ConfigError
-from moect.evaluate import evaluate_run
-from moect.monitor.rows import APART, SAMPLES, read_rows
+from moect.evaluate import evaluate_mixed, evaluate_run
+from moect.monitor.rows import APART, MIXED, SAMPLES, read_rows
 from moect.train.loop import train
 
 METHODS = {
@@ -41,6 +41,19 @@ def test_a_checkpoint_measured_again_has_the_numbers_that_the_training_wrote(run
         assert row == before[3, row["lang"]]
     assert {(r["step"], r["lang"]): r for r in read_rows(copy / "monitor")} == before
     assert read_rows(copy / "monitor", SAMPLES) == samples
+
+
+def test_documents_of_two_languages_are_measured_where_there_is_a_gate(run):
+    copy = copy_run(run, "mixed")
+    if not (run / "config.yaml").read_text().count("language_gate: true"):
+        with pytest.raises(ConfigError, match="this model has none"):
+            evaluate_mixed(copy)
+        return
+    evaluation = evaluate_mixed(copy, "step-3", ["moe.gate_threshold=0.2"])
+    rows = read_rows(copy / "monitor", MIXED)
+    assert rows == evaluation.rows and evaluation.checkpoint.name == "step-3"
+    assert {(r["step"], r["old"], r["new"], r["gate_threshold"]) for r in rows} == {(3, "en", "cy", 0.2)}
+    assert evaluate_mixed(copy, "step-3").rows[0]["gate_threshold"] == 0.5
 
 
 def test_without_a_name_it_is_the_checkpoint_that_would_be_exported(run):

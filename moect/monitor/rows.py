@@ -19,7 +19,8 @@
 monitor/evaluations.jsonl has the same columns, of what `moect evaluate` measured on other texts or with other settings;
 monitor/tasks.jsonl has one a checkpoint and task, monitor/samples.jsonl one a checkpoint and sample, and
 monitor/gate.jsonl one a checkpoint: the threshold that was found for the language gate, `limit` and `confidence` of the
-promise, `by` train or evaluate, and `documents` and `touched` ones of data.calibration by language.
+promise, `by` train or evaluate, and `documents` and `touched` ones of data.calibration by language. monitor/mixed.jsonl
+has the parts of documents of two languages, see `moect.monitor.measuring.mixed`.
 """
 
 from __future__ import annotations
@@ -39,11 +40,13 @@ TASKS = "tasks.jsonl"
 APART = "evaluations.jsonl"  # measured afterwards, on other texts or with other settings
 SAMPLES = "samples.jsonl"
 GATE = "gate.jsonl"  # thresholds of the language gate, one a checkpoint
+MIXED = "mixed.jsonl"  # documents that change between two languages
 KEYS = {
     FILE_NAME: ("step", "lang", "domain"),
     APART: ("step", "lang", "domain", "key"),
     TASKS: ("step", "task", "metric"),
     GATE: ("step",),
+    MIXED: ("step", "old", "new", "domain", "part"),
     SAMPLES: ("step", "lang", "domain", "document"),
 }
 
