@@ -74,8 +74,8 @@ def set_gate(model, value: float) -> None:
     """Make the language gate's logit the same for every token."""
     gate = modules_of(model)[0].language_gate
     with torch.no_grad():
-        gate.out_proj.weight.zero_()
-        gate.out_proj.bias.fill_(value)
+        gate.evidence.weight.zero_()
+        gate.evidence.bias.fill_(value)
 
 
 @pytest.mark.parametrize("tied", [True, False])

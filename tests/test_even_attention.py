@@ -1,4 +1,4 @@
-"""The language gate's context: the mean of what came before, taken by the base's own attention, and nothing else."""
+"""The language gate's context: the sum of what came before, taken by the base's own attention, and nothing else."""
 
 import pytest
 import torch
@@ -22,11 +22,11 @@ def context(model, ids, **told):
     record = ForwardRecord()
     with torch.no_grad():
         model.model(ids, moect_record=record, **{"use_cache": False, **told})
-    return record.context_TD.view(*ids.shape, -1)
+    return record.context_TC.view(*ids.shape, -1)
 
 
 def written_down(model, ids, window=None):
-    """By its definition, in fp64: the output map of the mean of the values seen, √n long."""
+    """By its definition, in fp64: the mean of the values seen times their number, and the number, by ENOUGH."""
     block = model.model.layers[modules_of(model)[0].index].double()
     model.model.embed_tokens.double()
     with torch.no_grad():
@@ -36,21 +36,20 @@ def written_down(model, ids, window=None):
         for t in range(ids.shape[1]):
             first = 0 if window is None else max(0, t + 1 - window)
             mean = values[:, first : t + 1].mean(1).repeat_interleave(block.self_attn.num_key_value_groups, 1)
-            read_BD = block.self_attn.o_proj(mean.flatten(1))
-            read_BD = read_BD / read_BD.square().mean(-1, keepdim=True).sqrt()
-            result.append(read_BD * min(t + 1, ENOUGH) ** 0.5)
+            seen = torch.cat([mean.flatten(1), torch.ones(len(ids), 1)], 1)
+            result.append(seen * min(t + 1, ENOUGH) / ENOUGH)
     return torch.stack(result, 1)
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_context_is_the_mean_of_the_values_seen_through_the_output_map(family, kernel):
+def test_the_context_is_the_sum_of_the_values_seen(family, kernel):
     window = 5 if family == "mistral" else None
     model = gated(family, **({"sliding_window": window} if window else {}))
     model.set_attn_implementation(kernel)
     ids = tokens(2, 9)
     got = context(model, ids).double()
-    assert (got - written_down(model, ids, window)).abs().max() < 1e-4
+    assert (got - written_down(model, ids, window)).abs().max() < 1e-6
 
 
 def test_packed_and_padded_texts_see_only_themselves():
@@ -80,7 +79,10 @@ def test_the_gate_listens_in_one_block_and_the_base_is_what_it_was():
         assert torch.equal(logits(model, ids), logits(base, ids))
     record = ForwardRecord()
     logits(model, ids, moect_record=record)
-    assert record.heard_BSHd is None and record.context_TD.shape == (18, model.config.hidden_size)
+    assert record.heard_BSHd is None and record.context_TC.shape == (
+        18,
+        model.config.num_attention_heads * model.config.head_dim + 1,
+    )
     remove_moe(model)
     assert not any(isinstance(block.self_attn.config, Listening) for block in model.model.layers)
 
@@ -90,8 +92,8 @@ def test_dropout_of_attention_does_not_reach_the_context():
     record, again = ForwardRecord(), ForwardRecord()
     for r in (record, again):
         model(tokens(1, 8), use_cache=False, moect_record=r)
-    assert torch.equal(record.context_TD, again.context_TD)
-    assert not record.context_TD.requires_grad
+    assert torch.equal(record.context_TC, again.context_TC)
+    assert not record.context_TC.requires_grad
 
 
 def test_a_paged_cache_is_refused_before_it_is_filled_twice():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from moect.model.even_attention import ENOUGH
+
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 SHAPE = {
     "vocab_size": 96,
@@ -50,3 +52,6 @@ def disturb(model, scale: float = 0.1, seed: int = 1) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+        for name, parameter in model.named_parameters():
+            if name.endswith("language_gate.evidence.weight"):  # its inputs are sums of few tokens, by ENOUGH
+                parameter.mul_(ENOUGH)

@@ -210,8 +210,6 @@ def _of_pair(base: nn.Module, extended: nn.Module, batch: int, decides: bool) ->
     modules, rows = modules_of(extended), rows_of(extended)
     gates = [m.language_gate for m in modules if m.language_gate is not None]
     gate = sum(_bytes(g.parameters()) for g in gates)
-    # for the gate's context the attention's output map is used once more
-    gate += sum(extended.model.layers[m.index].self_attn.o_proj.weight.nbytes for m in modules if m.listens)
     experts = sum(
         m.router.weight.nbytes
         + _bytes(m.experts.parameters()) * min(m.config.experts, batch * m.config.top_k) // m.config.experts

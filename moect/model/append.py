@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moect.dispatch import backends
 from moect.errors import ConfigError, UnsupportedModelError
 from moect.model.embeddings import remove_rows, rows_of
-from moect.model.even_attention import context_of, listen, listening, stop_listening
+from moect.model.even_attention import context_of, context_width, listen, listening, stop_listening
 from moect.model.families import blocks_of, check_config
 from moect.model.moe_ffn import MoEFFN
 from moect.model.record import RECORD, ForwardRecord
@@ -49,7 +49,7 @@ class AppendedBlock:
         if enabled and self.moe.listens:
             with listening():
                 attended, _ = self.self_attn(hidden_states=normed, **kwargs, **{RECORD: moect_record})
-            moect_record.context_TD = context_of(self.self_attn, moect_record, kwargs["position_ids"]).flatten(0, 1)
+            moect_record.context_TC = context_of(moect_record, kwargs["position_ids"]).flatten(0, 1)
         else:
             attended, _ = self.self_attn(hidden_states=normed, **kwargs)
         r_BSD = hidden_states + attended
@@ -131,7 +131,8 @@ def append_to_blocks(
             continue
         weight = block.mlp.down_proj.weight
         with torch.device("meta"):
-            moe = MoEFFN(config, base_config.hidden_size, ffn_width, index, decides=index == indices[0])
+            decides = index == indices[0]
+            moe = MoEFFN(config, base_config.hidden_size, ffn_width, index, decides, context_width(base_config))
         moe.to(dtype=weight.dtype).to_empty(device=weight.device)
         _keep_buffers_fp32(moe)
         if weight.device.type != "meta":

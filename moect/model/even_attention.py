@@ -1,11 +1,11 @@
 """What a block's attention reads where it looks at everything it may see equally: the mean of the values.
 
-The language gate takes it as its context. The attention kernel of one block is called a second time, with queries of
-zero, on the keys, values and mask of its first call: so packed documents, padding, sliding windows and caches count as
-they do for the base, under every kernel and in serving engines, nothing has to be kept between calls, and the base's
-own call is what it was.
+The language gate takes it as its context: times the number of tokens seen, it is their sum. The attention kernel of one
+block is called a second time, with queries of zero, on the keys, values and mask of its first call: so packed
+documents, padding, sliding windows and caches count as they do for the base, under every kernel and in serving engines,
+nothing has to be kept between calls, and the base's own call is what it was.
 
-B batch, S sequence, H heads, D width
+B batch, S sequence, H heads, d their width, C = H·d + 1
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from moect.model.record import RECORD, ForwardRecord
 
 PREFIX = "moect|"
 _LISTENS = ContextVar("moect_listens", default=False)  # of this thread's pass
-ENOUGH = 256  # tokens; after so many, more of them make the gate no surer
+ENOUGH = 256  # tokens; after so many, the mean counts as that of so many
 
 
 class Listening:
@@ -76,21 +76,25 @@ def listening(do: bool = True) -> Iterator[None]:
 
 
 @torch.no_grad()
-def context_of(attention: nn.Module, record: ForwardRecord, position_ids_BS: Tensor) -> Tensor:
-    """What was heard, through the attention's own output map: its direction, longer the more tokens speak for it.
+def context_of(record: ForwardRecord, position_ids_BS: Tensor) -> Tensor:
+    """The values of the tokens seen, added up, and their number n: (Σ v, n) / ENOUGH.
 
     Args:
-        attention: the module, after its call.
-        record: that the call was given.
-        position_ids_BS: int64, from 0 in each text.
+        record: that an attention module was given which listens.
+        position_ids_BS: int64, from 0 in each text; also (1, S).
 
     Returns:
-        (B, S, D) fp32, of length √(D·n), n tokens being seen, at most ENOUGH of them counted.
+        (B, S, C) fp32. Where more than ENOUGH tokens are seen, the mean of all of them counts ENOUGH times.
     """
-    heard_BSHd, record.heard_BSHd = record.heard_BSHd, None
-    read_BSD = attention.o_proj(heard_BSHd.flatten(2)).float()
-    direction_BSD = nn.functional.rms_norm(read_BSD, read_BSD.shape[-1:], eps=1e-12)
-    return direction_BSD * (position_ids_BS + 1).clamp(1, ENOUGH).sqrt()[..., None]
+    mean_BSC, record.heard_BSHd = record.heard_BSHd.flatten(2).float(), None
+    mean_BSC = nn.functional.pad(mean_BSC, (0, 1), value=1.0)
+    return mean_BSC * ((position_ids_BS + 1).clamp(1, ENOUGH)[..., None] / ENOUGH)
+
+
+def context_width(base_config) -> int:
+    """C, of a base with this Hugging Face config."""
+    heads = base_config.num_attention_heads
+    return heads * (getattr(base_config, "head_dim", None) or base_config.hidden_size // heads) + 1
 
 
 def _attend_and_listen(kernel: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):

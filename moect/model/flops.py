@@ -46,8 +46,7 @@ def training_flops_per_token(
         attention_total += attention
         if getattr(block, "moe", None) is not None and block.moe.listens:  # the gate's context, without gradient
             attention_total += attention
-            blocks += 2 * block.self_attn.o_proj.weight.numel()
-            again += (attention + 2 * block.self_attn.o_proj.weight.numel()) * recompute
+            again += attention * recompute
         weight_gradient += trained
         if below_trains:
             input_gradient += cost + 2 * attention

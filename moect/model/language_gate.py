@@ -2,10 +2,13 @@
 
 Computed once, in the first block that has a module, from features that the module has not touched (only behind tokens
 that open it by themselves they have changed, see `moect.model.embeddings`); shared by every block above it. So the
-decision is consistent through the network and depends on the past only. One token tells little of its language: what
-the block's attention reads of all tokens so far, evenly, tells more (`moect.model.even_attention`).
+decision is consistent through the network and depends on the past only.
 
-T tokens, D width, C inputs: D, or 2D with the context
+One token tells little of its language, but what each token so far speaks for adds up. `EvidenceGate` adds up, over what
+the block's attention sees, a linear function of each token's value there (`moect.model.even_attention`);
+`moect.train.gate_start` begins it with what the tokens' frequencies say.
+
+T tokens, D width, C of the context
 """
 
 from __future__ import annotations
@@ -13,39 +16,54 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-CONTEXT_LENGTH = 8  # typical of the context's components, as those of u have 1
 OPEN = 40.0  # the logit at a token that opens the gate by itself: above that of every threshold below 1
 PIECE = 2**20  # numbers of a weight that a CPU converts to fp32 at once
 
 
-class LanguageGate(nn.Module):
-    """q = sigmoid(g(u)) or sigmoid(g(u, context)),  g = C -> D -> tanh -> 1, in fp32."""
+class EvidenceGate(nn.Module):
+    """q = sigmoid(w · context + a) in fp32: what the tokens so far speak for, added up. `moe.gate_sees: context`."""
 
-    def __init__(self, width: int, sees_context: bool = True):
+    def __init__(self, context: int):
         super().__init__()
-        self.in_proj = Fp32Linear(2 * width if sees_context else width, width)
+        self.evidence = Fp32Linear(context, 1)
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        """A small map without bias, so q starts near 1/2."""
+        weight = self.evidence.weight
+        weight.copy_(torch.randn(weight.shape, generator=generator) * 0.02)
+        self.evidence.bias.zero_()
+
+    def forward(self, u_TD: Tensor, context_TC: Tensor) -> Tensor:
+        """The logit of q, (T,) fp32.
+
+        Args:
+            u_TD: not looked at.
+            context_TC: fp32, of `context_of`.
+        """
+        return self.evidence(context_TC)[:, 0]
+
+
+class TokenGate(nn.Module):
+    """q = sigmoid(g(u)),  g = D -> D -> tanh -> 1, in fp32: by the token's own features. `moe.gate_sees: token`."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.in_proj = Fp32Linear(width, width)
         self.out_proj = Fp32Linear(width, 1)
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
-        """Input map with variance 1/D, the context's less as that is longer; output map small and without bias, so q
-        starts near 1/2."""
-        width, inputs = self.in_proj.weight.shape
-        self.in_proj.weight.copy_(torch.randn(width, inputs, generator=generator) * width**-0.5)
-        self.in_proj.weight[:, width:] /= CONTEXT_LENGTH
+        """Input map with variance 1/D; output map small and without bias, so q starts near 1/2."""
+        width = len(self.in_proj.weight)
+        self.in_proj.weight.copy_(torch.randn(width, width, generator=generator) * width**-0.5)
         self.out_proj.weight.copy_(torch.randn(1, width, generator=generator) * 0.02)
         self.in_proj.bias.zero_()
         self.out_proj.bias.zero_()
 
-    def forward(self, u_TD: Tensor, context_TD: Tensor | None = None) -> Tensor:
-        """The logit of q, (T,) fp32.
-
-        Args:
-            u_TD: inputs of the block's FFN.
-            context_TD: fp32, what its attention reads evenly; None where the gate sees tokens only.
-        """
-        seen_TC = u_TD if context_TD is None else torch.cat([u_TD.float(), context_TD], -1)
-        return self.out_proj(torch.tanh(self.in_proj(seen_TC)))[:, 0]
+    def forward(self, u_TD: Tensor, context_TC: None = None) -> Tensor:
+        """The logit of q, (T,) fp32, from the inputs of the block's FFN."""
+        return self.out_proj(torch.tanh(self.in_proj(u_TD)))[:, 0]
 
 
 class Fp32Linear(nn.Module):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from moect.errors import UnsupportedModelError
 from moect.model.experts import Experts
 from moect.model.fusion import Fusion
-from moect.model.language_gate import OPEN, LanguageGate
+from moect.model.language_gate import OPEN, EvidenceGate, TokenGate
 from moect.model.record import BlockRecord, ForwardRecord
 from moect.model.router import Router
 from moect.moe_config import MoeConfig
@@ -34,9 +34,10 @@ class MoEFFN(nn.Module):
         ffn_width: width of the base's FFN.
         index: the block's index.
         decides: this block computes the language gate's value; the others read it from the record.
+        context: C, of the gate's context.
     """
 
-    def __init__(self, config: MoeConfig, width: int, ffn_width: int, index: int, decides: bool):
+    def __init__(self, config: MoeConfig, width: int, ffn_width: int, index: int, decides: bool, context: int):
         super().__init__()
         self.config = config
         self.index = index
@@ -47,7 +48,7 @@ class MoEFFN(nn.Module):
         self.fusion = Fusion(config, width, around=not self.copies)
         self.language_gate = None
         if config.language_gate and decides:
-            self.language_gate = LanguageGate(width, config.gate_sees == "context")
+            self.language_gate = EvidenceGate(context) if config.gate_sees == "context" else TokenGate(width)
 
     @torch.no_grad()
     def reset(self, ffn: nn.Module, generator: torch.Generator) -> None:
@@ -127,7 +128,7 @@ class MoEFFN(nn.Module):
     def _gate_logit(self, u_TD: Tensor, record: ForwardRecord) -> Tensor:
         if self.language_gate is None:
             return record.gate_logit_T.to(u_TD.device)
-        logit_T = self.language_gate(u_TD, record.context_TD)
+        logit_T = self.language_gate(u_TD, record.context_TC)
         if record.told_T is not None:
             logit_T = logit_T.masked_fill(record.told_T.to(logit_T.device), OPEN)
         if record.gate_logit_T is None:

@@ -43,8 +43,8 @@ class ForwardRecord:
         open_token: int64, their places in T, decided once so that no block looks for them again; None as open_T is.
         late_BSD: differences of the tokens' embeddings, for the block where the gate decides; None where none train.
         told_T: bool, the tokens that open the gate by themselves; None where no token has a row of its own.
-        heard_BSHd: what the deciding block's attention read evenly, on its way to `context_TD`.
-        context_TD: fp32, of a language gate that sees it.
+        heard_BSHd: what the deciding block's attention read evenly, on its way to `context_TC`.
+        context_TC: fp32, of a language gate that sees it.
     """
 
     blocks: dict[int, BlockRecord] = field(default_factory=dict)
@@ -54,4 +54,4 @@ class ForwardRecord:
     late_BSD: Tensor | None = None
     told_T: Tensor | None = None
     heard_BSHd: Tensor | None = None
-    context_TD: Tensor | None = None
+    context_TC: Tensor | None = None

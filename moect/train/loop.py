@@ -36,6 +36,7 @@ from moect.train.checkpoints.restore import begin_from, find_origin, finish_save
 from moect.train.checkpoints.saver import Saver
 from moect.train.engine import deepspeed_config, make_engine
 from moect.train.folder import RunLog, check_shared, open_folder
+from moect.train.gate_start import start_gate
 from moect.train.health.ranks import check_ranks
 from moect.train.health.rollback import roll_back
 from moect.train.health.watchdog import Watchdog
@@ -112,6 +113,8 @@ class Run:
             opening = distributed.on_main(lambda: opening_tokens(config, self.loader.stores, vocab_size))
         model = build_model(config, zero3=zero3, rows=rows, extension=self.extension, opening=opening)
         self.experts_from = self.origin.info.get("experts_from")
+        if not self.origin.checkpoint:
+            start_gate(model, config, self.loader.stores, self.tokenizer, vocab_size)
         if config.model.experts_from and not self.origin.checkpoint:
             take_experts(model, config)
             self.experts_from = distributed.on_main(lambda: source_digest(config))

@@ -44,6 +44,7 @@ class StepCounts:
     valid: int | Tensor
     old: int | Tensor
     new: int | Tensor
+    old_share: float | None = None  # of the valid tokens, as the mixture has it over many steps
 
 
 class Objective(nn.Module):
@@ -153,12 +154,21 @@ class Objective(nn.Module):
             old, new = gate_sums(record.gate_logit_T, role_T)
             self._add("gate_old", old)
             self._add("gate_new", new)
-            loss = loss + weights.gate * (old / _some(counts.old) + new / _some(counts.new))
+            loss = loss + weights.gate * sum(part / of for part, of in zip((old, new), _expected(counts), strict=True))
         return loss
 
     def _add(self, name: str, value: Tensor) -> None:
         value = value.detach().double()
         self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+
+def _expected(counts: StepCounts) -> tuple[int | float | Tensor, int | float | Tensor]:
+    """Old and new tokens of a step as the mixture has them: where a step has little text, old tokens may be in one step
+    and not in the next, and a mean over those that are there would give new ones too much weight."""
+    share = counts.old_share
+    if share is None or not 0 < share < 1:
+        return _some(counts.old), _some(counts.new)
+    return counts.valid * share, counts.valid * (1 - share)
 
 
 def _some(count: int | Tensor) -> int | Tensor:

@@ -82,12 +82,13 @@ class Steps:
         counts = torch.stack([labels, old, new])
         dist.all_reduce(counts)
         labels, old, new = counts
-        return StepCounts(labels=labels, valid=old + new, old=old, new=new)
+        return StepCounts(labels=labels, valid=old + new, old=old, new=new, old_share=self.loader.old_share)
 
     def figures(self, step: int) -> dict:
         """The last step's losses over all its tokens, and its expert load; `step` is the number of steps by now."""
         sums, load_LE = {name: value.cpu() for name, value in self.sums.items()}, self.objective.load_LE.cpu()
-        counts = StepCounts(*torch.stack(list(vars(self.counts).values())).tolist())
+        known = self.counts
+        counts = StepCounts(*torch.stack([known.labels, known.valid, known.old, known.new]).tolist())
         values = {
             "loss": self._loss,
             "lr": learning_rate(step - 1, self.config.train),

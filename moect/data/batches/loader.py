@@ -97,6 +97,12 @@ class Loader:
         """The share of rows of old languages that holds now; None: by size, like the others."""
         return self.config.data.replay
 
+    @property
+    def old_share(self) -> float:
+        """The share of rows of old languages in the mixture as it is now."""
+        weights = self.mixture.weights
+        return float(sum(w for w, c in zip(weights, self.corpora, strict=True) if c.role == "old") / sum(weights))
+
     def set_replay(self, share: float, steps: int) -> None:
         """From the next step on so large a share of the rows is of old languages; checkpoints keep it.
 

@@ -45,11 +45,18 @@ def telling_tokens(config: DataConfig, stores: list[TokenStore], vocab_size: int
     return ((new_V > 0) & (old_V == 0)).nonzero()[0].tolist()
 
 
+def counts_by_language(config: DataConfig, stores: list[TokenStore], vocab_size: int) -> dict[str, np.ndarray]:
+    """How often each token occurs in the text of each language, int64 (V,); arguments as `unseen_tokens`."""
+    counts_V = {source.lang: np.zeros(vocab_size, dtype=np.int64) for source in config.train}
+    for source, store in zip(config.train, stores, strict=True):
+        for start in range(0, store.n_tokens, AT_ONCE):
+            counts_V[source.lang] += np.bincount(store.tokens[start : start + AT_ONCE], minlength=vocab_size)
+    return counts_V
+
+
 def _counts(config: DataConfig, stores: list[TokenStore], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     """How often each token occurs in text of new and of old languages, int64 (V,)."""
-    counts_V = {role: np.zeros(vocab_size, dtype=np.int64) for role in ("new", "old")}
-    for source, store in zip(config.train, stores, strict=True):
-        of_role_V = counts_V[config.languages[source.lang]]
-        for start in range(0, store.n_tokens, AT_ONCE):
-            of_role_V += np.bincount(store.tokens[start : start + AT_ONCE], minlength=vocab_size)
-    return counts_V["new"], counts_V["old"]
+    of_role = {role: np.zeros(vocab_size, dtype=np.int64) for role in ("new", "old")}
+    for language, counts_V in counts_by_language(config, stores, vocab_size).items():
+        of_role[config.languages[language]] += counts_V
+    return of_role["new"], of_role["old"]

@@ -1,0 +1,141 @@
+"""The gate that a run begins with: naive Bayes by the frequencies of tokens, as far as their values can say it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from small_runs import Place
+from tiny import FAMILIES, tiny_model
+
+from moect.model import ForwardRecord, append_moe, modules_of
+from moect.model.even_attention import ENOUGH
+from moect.model.language_gate import EvidenceGate
+from moect.train.gate_start import MOST, SMOOTHING, as_gate, evidence_of, fit, start_gate
+
+V, BOS, EOS = 96, 1, 2
+
+
+class Store:
+    """Tokens of a corpus."""
+
+    def __init__(self, tokens):
+        self.tokens, self.n_tokens = np.array(tokens, dtype=np.uint16), len(tokens)
+
+
+class Ends:
+    bos_token_id, eos_token_id = BOS, EOS
+
+
+@pytest.fixture
+def corpora() -> list[Store]:
+    """en and cy, which share some tokens: documents of 1 … 2."""
+    random = np.random.default_rng(0)
+    found = []
+    for low, high in ((3, 60), (40, V)):
+        bodies = [[BOS, *random.integers(low, high, 12), EOS] for _ in range(200)]
+        found.append(Store(np.concatenate(bodies)))
+    return found
+
+
+def config(inputs, tmp_path, **moe):
+    moe = {"fusion": "add", "experts": 2, "top_k": 1, "width": 8, "renormalise": False, "language_gate": True, **moe}
+    return Place(inputs, tmp_path).config(moe=moe)
+
+
+def test_evidence_is_the_logarithm_of_how_much_more_often_new_text_has_a_token(corpora, inputs, tmp_path):
+    evidence_V, weight_V = evidence_of(config(inputs, tmp_path), corpora, V, [BOS, EOS])
+    for token in (5, 50, 80):
+        en, cy = (
+            (np.count_nonzero(store.tokens == token) + SMOOTHING) / (200 * 12 + SMOOTHING * V) for store in corpora
+        )
+        assert evidence_V[token].item() == pytest.approx(np.clip(np.log(cy / en), -MOST, MOST))
+        assert weight_V[token].item() == pytest.approx((en + cy) / 2)
+    assert evidence_V[BOS] == evidence_V[EOS] == 0 and evidence_V[5] < 0 < evidence_V[80]
+
+
+def test_the_fit_is_weighted_least_squares():
+    generator = torch.Generator().manual_seed(0)
+    values_VK, evidence_V = torch.randn(V, 5, generator=generator), torch.randn(V, generator=generator).double()
+    weight_V = torch.rand(V, generator=generator).double()
+    map_K1, share = fit(values_VK, evidence_V, weight_V)
+    scaled = np.sqrt(weight_V.numpy())[:, None]
+    columns = np.c_[values_VK.double().numpy(), np.ones(V)]
+    expected = np.linalg.lstsq(columns * scaled, evidence_V.numpy() * scaled[:, 0], rcond=None)[0]
+    assert np.allclose(map_K1.numpy(), expected, atol=1e-4)
+    assert 0 < share < 1
+    exact = values_VK.double() @ torch.arange(5.0).double() + 2
+    assert fit(values_VK, exact, weight_V)[1] == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("block", [0, 1])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_gate_adds_up_what_the_tokens_speak_for(family, block, corpora, inputs, tmp_path):
+    """The logit at the t-th token is the sum of the fitted evidence up to it; BOS counts nothing."""
+    model = tiny_model(family, initializer_range=0.2)
+    run = config(inputs, tmp_path, layers=[block, 2])
+    append_moe(model, run.moe)
+    start_gate(model, run, corpora, Ends, V)
+    ids = torch.tensor([[BOS, 5, 80, 50, 7, 90]])
+    record = ForwardRecord()
+    with torch.no_grad():
+        model.model(ids, use_cache=False, moect_record=record)
+    if block:  # values there depend on what came before, too: a start, not a sum of the same numbers
+        assert record.gate_logit_T.abs().max() > 0.1
+        return
+    attention = model.model.layers[0].self_attn
+    values_VK = attention.v_proj(model.model.layers[0].input_layernorm(model.model.embed_tokens.weight)).detach()
+    evidence_V, weight_V = evidence_of(run, corpora, V, [BOS, EOS])
+    map_K1, _ = fit(values_VK, evidence_V, weight_V)
+    spoken_V = torch.nn.functional.pad(values_VK.double(), (0, 1), value=1.0) @ map_K1
+    expected = torch.cat([torch.zeros(1), spoken_V[ids[0, 1:]].cumsum(0)])
+    assert torch.allclose(record.gate_logit_T.double(), expected.double(), atol=1e-3)
+
+
+def test_a_gate_that_starts_so_tells_texts_apart_that_one_at_random_does_not(corpora, inputs, tmp_path):
+    model = tiny_model("qwen3", initializer_range=0.2)
+    run = config(inputs, tmp_path)
+    append_moe(model, run.moe)
+
+    def right() -> float:
+        found = []
+        for store, is_new in zip(corpora, (False, True), strict=True):
+            record = ForwardRecord()
+            ids = torch.from_numpy(store.tokens.astype(np.int64)).view(-1, 14)[:50]
+            with torch.no_grad():
+                model.model(ids, use_cache=False, moect_record=record)
+            found.append(((record.gate_logit_T.view(50, 14)[:, -1] > 0) == is_new).float().mean().item())
+        return sum(found) / 2
+
+    at_random = right()
+    start_gate(model, run, corpora, Ends, V)
+    assert right() > 0.8 > at_random
+
+
+def test_without_a_gate_that_adds_up_nothing_changes(corpora, inputs, tmp_path):
+    run = config(inputs, tmp_path, gate_sees="token")
+    model = append_moe(tiny_model(), run.moe)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    start_gate(model, run, corpora, Ends, V)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_tokens_that_the_base_has_no_rows_for_are_left_out(corpora, inputs, tmp_path):
+    corpora[1].tokens[1] = V + 3
+    run = config(inputs, tmp_path)
+    model = append_moe(tiny_model(), run.moe)
+    start_gate(model, run, corpora, Ends, V + 4)
+    assert modules_of(model)[0].language_gate.evidence.weight.abs().max() > 0
+
+
+def test_every_head_of_a_group_hears_the_same(corpora):
+    attention = tiny_model("llama").model.layers[0].self_attn  # 4 heads, 2 of keys and values, 8 wide
+    map_K1 = torch.arange(17.0, dtype=torch.float64)
+    weight_C, bias = as_gate(map_K1, torch.ones(16), attention)
+    gate = EvidenceGate(33)
+    gate.evidence.weight.data.copy_(weight_C[None])
+    gate.evidence.bias.data.fill_(bias)
+    values = torch.randn(16)
+    context_C = torch.cat([values.view(2, 1, 8).expand(2, 2, 8).flatten(), torch.ones(1)]) / ENOUGH
+    expected = values.double() @ map_K1[:-1] + 16 - (map_K1[:-1].sum() + 16)
+    assert gate(None, context_C[None]).item() == pytest.approx(expected.item(), rel=1e-4)
