@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from moect.data_config import DataConfig
 from moect.moe_config import option
@@ -25,6 +26,11 @@ class GateConfig:
         True,
         "tokens with rows of their own (`model.train_embeddings`) that the old languages' text in `data.train` never "
         "has open the gate by themselves, and these rows count from the embedding on",
+    )
+    begin: Literal["frequencies", "random"] = option(
+        "frequencies",
+        "what a gate that sees the context begins with: how much more often the new languages' text in `data.train` "
+        "has each token than that of the old ones, or nothing",
     )
     confidence: float = option(
         0.95, "probability with which that holds for other text of the same kind, which takes a margin"

@@ -47,7 +47,8 @@ class MoeConfig:
         False, "one gate value a token, from frozen features, shared by all blocks; needs `fusion: add`"
     )
     gate_sees: Literal["token", "context"] = option(
-        "context", "what the language gate decides by: a token's own features, or also the mean of what came before it"
+        "context",
+        "what the language gate decides by: a token's own features, or what the tokens so far speak for, added up",
     )
     gate_threshold: float = option(0.5, "at inference a token with a gate value at or below this skips the experts")
     balance: Literal["loss", "bias", "none"] = option(

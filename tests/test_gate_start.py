@@ -112,8 +112,10 @@ def test_a_gate_that_starts_so_tells_texts_apart_that_one_at_random_does_not(cor
     assert right() > 0.8 > at_random
 
 
-def test_without_a_gate_that_adds_up_nothing_changes(corpora, inputs, tmp_path):
-    run = config(inputs, tmp_path, gate_sees="token")
+@pytest.mark.parametrize(("sees", "begin"), [("token", "frequencies"), ("context", "random")])
+def test_a_gate_that_does_not_add_up_or_begins_at_random_is_left_alone(sees, begin, corpora, inputs, tmp_path):
+    run = config(inputs, tmp_path, gate_sees=sees)
+    run.gate.begin = begin
     model = append_moe(tiny_model(), run.moe)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     start_gate(model, run, corpora, Ends, V)

@@ -3,8 +3,7 @@
 How much more often new text has token i than old text has it, e_i = log P_new(i) / P_old(i), is what that token speaks
 for; added up over a text these are its naive Bayes score. The gate adds up a linear function of the tokens' values, and
 the one that comes nearest to e, tokens counting as often as they occur (weighted least squares), is a gate that tells
-languages from the start. Training goes on from there; from a random start it would need far more old text than a run
-replays.
+languages from the start. Training goes on from there (`gate.begin: random` leaves this out).
 
 V tokens of the base, C of the gate's context, K the width of an attention's values
 """
@@ -47,7 +46,7 @@ def start_gate(model: nn.Module, config: RunConfig, stores: list[TokenStore], to
         tokenizer: the run's; its tokens that begin and end documents say nothing.
         vocab_size: beyond every token of the stores; those that the base does not have are left out.
     """
-    if not config.has_language_gate or config.moe.gate_sees != "context":
+    if not config.has_language_gate or config.moe.gate_sees != "context" or config.gate.begin == "random":
         return
     divided, decides = config.train.zero_stage == 3, modules_of(model)[0]
     decoder, gate = model.model, decides.language_gate
