@@ -44,7 +44,7 @@ def runs(tmp_path_factory):
         *(f"stages.base.model.from_config.{key}={value}" for key, value in shape.items()),
         "stages.base.train.steps=40",
         "stages.base.train.save_every=40",
-        "stages.extend.moe.language_gate=false",  # so few steps do not train a gate
+        "stages.extend.gate.max_touched_old_documents=null",
         "stages.extend.moe.width=null",
         "stages.extend.train.lr=0.01",
         "stages.extend.train.steps=80",

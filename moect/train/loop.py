@@ -113,7 +113,7 @@ class Run:
             opening = distributed.on_main(lambda: opening_tokens(config, self.loader.stores, vocab_size))
         model = build_model(config, zero3=zero3, rows=rows, extension=self.extension, opening=opening)
         self.experts_from = self.origin.info.get("experts_from")
-        if not self.origin.checkpoint:
+        if not (self.origin.checkpoint or self.origin.start):
             start_gate(model, config, self.loader.stores, self.tokenizer, vocab_size)
         if config.model.experts_from and not self.origin.checkpoint:
             take_experts(model, config)
