@@ -284,6 +284,8 @@ def unused_keys(config: RunConfig) -> list[str]:
     idle += [] if config.method == "lora" else [("lora", f.name) for f in dataclasses.fields(LoraConfig)]
     if moe and not config.has_language_gate:
         idle += [("loss", "gate"), ("moe", "gate_threshold"), ("moe", "gate_sees")]
+    if config.has_language_gate and config.moe.gate_sees != "context":
+        idle.append(("gate", "begin"))
     if not config.has_language_gate:
         idle += [("gate", f.name) for f in dataclasses.fields(GateConfig)] + [("data", "calibration")]
     elif not config.calibrates:

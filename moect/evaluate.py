@@ -105,7 +105,11 @@ def evaluate_mixed(
 
     folder = Path(run_folder)
     config = _configuration(folder, overrides)
-    distributed.start(config.health.timeout_minutes)
+    _, world_size = distributed.start(config.health.timeout_minutes)
+    if world_size > 1:
+        raise ConfigError("documents of two languages are measured by one process: leave the launcher out")
+    if not config.has_language_gate:
+        raise ConfigError(f"{folder}: documents of two languages are measured for a language gate, and it has none")
     checkpoint = _Checkpoint(folder, config, checkpoint)
     if not any(o.startswith("moe.gate_threshold=") for o in overrides):
         config = calibrated(config, folder, checkpoint.step)

@@ -46,7 +46,7 @@ def test_a_checkpoint_measured_again_has_the_numbers_that_the_training_wrote(run
 def test_documents_of_two_languages_are_measured_where_there_is_a_gate(run):
     copy = copy_run(run, "mixed")
     if not (run / "config.yaml").read_text().count("language_gate: true"):
-        with pytest.raises(ConfigError, match="this model has none"):
+        with pytest.raises(ConfigError, match="and it has none"):
             evaluate_mixed(copy)
         return
     evaluation = evaluate_mixed(copy, "step-3", ["moe.gate_threshold=0.2"])

@@ -8,9 +8,10 @@ import torch
 from small_runs import Place
 from tiny import FAMILIES, tiny_model
 
+from moect.errors import UnsupportedModelError
 from moect.model import ForwardRecord, append_moe, modules_of
 from moect.model.even_attention import ENOUGH
-from moect.model.language_gate import EvidenceGate
+from moect.model.language_gate import LIMIT, EvidenceGate
 from moect.train.gate_start import MOST, SMOOTHING, as_gate, evidence_of, fit, start_gate
 
 V, BOS, EOS = 96, 1, 2
@@ -44,28 +45,33 @@ def config(inputs, tmp_path, **moe):
 
 
 def test_evidence_is_the_logarithm_of_how_much_more_often_new_text_has_a_token(corpora, inputs, tmp_path):
+    corpora[1] = Store(corpora[1].tokens[: 14 * 7])  # little of it: 7 documents beside 200
     evidence_V, weight_V = evidence_of(config(inputs, tmp_path), corpora, V, [BOS, EOS])
-    for token in (5, 50, 80):
-        en, cy = (
-            (np.count_nonzero(store.tokens == token) + SMOOTHING) / (200 * 12 + SMOOTHING * V) for store in corpora
-        )
+    sizes, drawn = (200 * 12, 7 * 12), SMOOTHING * V
+    for token in (5, 50, int(corpora[1].tokens[1])):
+        counts = [np.count_nonzero(store.tokens == token) for store in corpora]
+        mean = sum(count / size for count, size in zip(counts, sizes, strict=True)) / 2
+        en, cy = ((c + drawn * mean) / (size + drawn) for c, size in zip(counts, sizes, strict=True))
         assert evidence_V[token].item() == pytest.approx(np.clip(np.log(cy / en), -MOST, MOST))
         assert weight_V[token].item() == pytest.approx((en + cy) / 2)
-    assert evidence_V[BOS] == evidence_V[EOS] == 0 and evidence_V[5] < 0 < evidence_V[80]
+    assert evidence_V[BOS] == evidence_V[EOS] == weight_V[BOS] == 0
+    assert evidence_V[0] == weight_V[0] == 0, "a token that nobody has"
+    only_old = [t for t in range(3, 40) if (corpora[0].tokens == t).any()]
+    assert (evidence_V[only_old] < 0).all(), "however little new text there is"
 
 
 def test_the_fit_is_weighted_least_squares():
     generator = torch.Generator().manual_seed(0)
     values_VK, evidence_V = torch.randn(V, 5, generator=generator), torch.randn(V, generator=generator).double()
     weight_V = torch.rand(V, generator=generator).double()
-    map_K1, share = fit(values_VK, evidence_V, weight_V)
+    map_K1, share = fit([values_VK[:50], values_VK[50:]], evidence_V, weight_V)
     scaled = np.sqrt(weight_V.numpy())[:, None]
     columns = np.c_[values_VK.double().numpy(), np.ones(V)]
     expected = np.linalg.lstsq(columns * scaled, evidence_V.numpy() * scaled[:, 0], rcond=None)[0]
     assert np.allclose(map_K1.numpy(), expected, atol=1e-4)
     assert 0 < share < 1
     exact = values_VK.double() @ torch.arange(5.0).double() + 2
-    assert fit(values_VK, exact, weight_V)[1] == pytest.approx(1, abs=1e-4)
+    assert fit([values_VK], exact, weight_V)[1] == pytest.approx(1, abs=1e-4)
 
 
 @pytest.mark.parametrize("block", [0, 1])
@@ -86,9 +92,10 @@ def test_the_gate_adds_up_what_the_tokens_speak_for(family, block, corpora, inpu
     attention = model.model.layers[0].self_attn
     values_VK = attention.v_proj(model.model.layers[0].input_layernorm(model.model.embed_tokens.weight)).detach()
     evidence_V, weight_V = evidence_of(run, corpora, V, [BOS, EOS])
-    map_K1, _ = fit(values_VK, evidence_V, weight_V)
+    map_K1, _ = fit([values_VK], evidence_V, weight_V)
     spoken_V = torch.nn.functional.pad(values_VK.double(), (0, 1), value=1.0) @ map_K1
     expected = torch.cat([torch.zeros(1), spoken_V[ids[0, 1:]].cumsum(0)])
+    expected = LIMIT * torch.tanh(expected / LIMIT)
     assert torch.allclose(record.gate_logit_T.double(), expected.double(), atol=1e-3)
 
 
@@ -127,7 +134,11 @@ def test_tokens_that_the_base_has_no_rows_for_are_left_out(corpora, inputs, tmp_
     run = config(inputs, tmp_path)
     model = append_moe(tiny_model(), run.moe)
     start_gate(model, run, corpora, Ends, V + 4)
-    assert modules_of(model)[0].language_gate.evidence.weight.abs().max() > 0
+    first = modules_of(model)[0].language_gate.evidence.weight.clone()
+    corpora[1].tokens[1] = 90
+    start_gate(model, run, corpora, Ends, V)
+    second = modules_of(model)[0].language_gate.evidence.weight
+    assert not torch.equal(first, second) and torch.allclose(first, second, atol=0.1 * second.abs().max().item())
 
 
 def test_every_head_of_a_group_hears_the_same(corpora):
@@ -140,4 +151,7 @@ def test_every_head_of_a_group_hears_the_same(corpora):
     values = torch.randn(16)
     context_C = torch.cat([values.view(2, 1, 8).expand(2, 2, 8).flatten(), torch.ones(1)]) / ENOUGH
     expected = values.double() @ map_K1[:-1] + 16 - (map_K1[:-1].sum() + 16)
+    expected = LIMIT * torch.tanh(expected / LIMIT)
     assert gate(None, context_C[None]).item() == pytest.approx(expected.item(), rel=1e-4)
+    with pytest.raises(UnsupportedModelError, match="only some are here"):
+        gate(None, context_C[None, 16:])

@@ -229,7 +229,7 @@ def _of_pair(base: nn.Module, extended: nn.Module, batch: int, decides: bool) ->
 
 @contextmanager
 def _forced(gate: nn.Module, logit: float):
-    bias = gate.out_proj.bias
+    bias = gate.bias
     before = bias.detach().clone()
     with torch.no_grad():
         bias.fill_(logit)

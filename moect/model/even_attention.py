@@ -25,6 +25,7 @@ from moect.model.record import RECORD, ForwardRecord
 
 PREFIX = "moect|"
 _LISTENS = ContextVar("moect_listens", default=False)  # of this thread's pass
+IN_FP32 = ("eager", "sdpa")  # kernels that take it; a mean that others have rounded is multiplied by n all the same
 ENOUGH = 256  # tokens; after so many, the mean counts as that of so many
 
 
@@ -84,7 +85,8 @@ def context_of(record: ForwardRecord, position_ids_BS: Tensor) -> Tensor:
         position_ids_BS: int64, from 0 in each text; also (1, S).
 
     Returns:
-        (B, S, C) fp32. Where more than ENOUGH tokens are seen, the mean of all of them counts ENOUGH times.
+        (B, S, C) fp32. Where more than ENOUGH tokens are seen, the mean of all of them counts ENOUGH times; with a
+        sliding window shorter than that, n goes on to ENOUGH all the same.
     """
     mean_BSC, record.heard_BSHd = record.heard_BSHd.flatten(2).float(), None
     mean_BSC = nn.functional.pad(mean_BSC, (0, 1), value=1.0)
@@ -109,6 +111,8 @@ def _attend_and_listen(kernel: str, module: nn.Module, query: Tensor, key: Tenso
                 "the language gate's context cannot be had from a paged cache of transformers; use generate(), or vLLM"
             )
         with torch.no_grad():
+            if kernel in IN_FP32:
+                query, key, value = query.float(), key.float(), value.float()
             even, _ = attend(module, torch.zeros_like(query), key, value, *args, **{**kwargs, "dropout": 0.0})
     B, S = query.shape[0], query.shape[2]
     record.heard_BSHd = even.reshape(B, S, query.shape[1], -1)

@@ -16,12 +16,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moect.errors import UnsupportedModelError
+
+LIMIT = 30.0  # of evidence, below OPEN: thresholds are probabilities, and above this they cannot be told apart
 OPEN = 40.0  # the logit at a token that opens the gate by itself: above that of every threshold below 1
 PIECE = 2**20  # numbers of a weight that a CPU converts to fp32 at once
 
 
 class EvidenceGate(nn.Module):
-    """q = sigmoid(w · context + a) in fp32: what the tokens so far speak for, added up. `moe.gate_sees: context`."""
+    """q = sigmoid(limited(w · context + a)) in fp32: what the tokens so far speak for, added up.
+
+    For `moe.gate_sees: context`. limited(x) = LIMIT tanh(x / LIMIT), which is x where anything is to be decided.
+    """
 
     def __init__(self, context: int):
         super().__init__()
@@ -40,8 +46,21 @@ class EvidenceGate(nn.Module):
         Args:
             u_TD: not looked at.
             context_TC: fp32, of `context_of`.
+
+        Raises:
+            UnsupportedModelError: only some of the attention's heads are here.
         """
-        return self.evidence(context_TC)[:, 0]
+        if context_TC.shape[-1] != self.evidence.weight.shape[-1]:
+            raise UnsupportedModelError(
+                "the language gate adds up what all heads of its block hear, and only some are here: serve without "
+                "dividing tensors among GPUs (no --tensor-parallel-size in vLLM)"
+            )
+        return LIMIT * torch.tanh(self.evidence(context_TC)[:, 0] / LIMIT)
+
+    @property
+    def bias(self) -> nn.Parameter:
+        """What the logit of every token has in it."""
+        return self.evidence.bias
 
 
 class TokenGate(nn.Module):
@@ -64,6 +83,11 @@ class TokenGate(nn.Module):
     def forward(self, u_TD: Tensor, context_TC: None = None) -> Tensor:
         """The logit of q, (T,) fp32, from the inputs of the block's FFN."""
         return self.out_proj(torch.tanh(self.in_proj(u_TD)))[:, 0]
+
+    @property
+    def bias(self) -> nn.Parameter:
+        """What the logit of every token has in it."""
+        return self.out_proj.bias
 
 
 class Fp32Linear(nn.Module):

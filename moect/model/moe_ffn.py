@@ -92,7 +92,7 @@ class MoEFFN(nn.Module):
         if record.open_token is None:
             raise UnsupportedModelError(
                 f"block {self.index} needs the language gate's value, and the block that decides it did not run here: "
-                "serve without stages of a pipeline, dividing tensors instead (--tensor-parallel-size in vLLM)"
+                "serve without stages of a pipeline (no --pipeline-parallel-size in vLLM)"
             )
         if len(record.open_token) == 0:
             return r_BSD + f_BSD

@@ -235,7 +235,8 @@ class ForgettingMonitor:
         self._together(lambda: self._add_up(model, self.calibration, touch=touch))
         if self.world_size > 1:
             touch.reduce()
-        return find_threshold(touch.greatest_G, self._calibration_languages, self.config.gate)
+        dtype = model.lm_head.weight.dtype
+        return find_threshold(touch.greatest_G, self._calibration_languages, self.config.gate, dtype)
 
     def _write_on(self, model: nn.Module, tokenizer) -> list[str]:
         monitor = self.config.monitor

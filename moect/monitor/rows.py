@@ -46,7 +46,7 @@ KEYS = {
     APART: ("step", "lang", "domain", "key"),
     TASKS: ("step", "task", "metric"),
     GATE: ("step",),
-    MIXED: ("step", "old", "new", "domain", "part"),
+    MIXED: ("step", "old", "new", "domain", "part", "gate_threshold"),
     SAMPLES: ("step", "lang", "domain", "document"),
 }
 

@@ -30,8 +30,8 @@ def run(
         results: only write the results there, beside those that are there already of the same runs.
         page: only fill this page, from the results beside it.
     """
-    earlier = known or (results if results and results.exists() else None)
-    records = read_results(earlier)["runs"] if earlier else []
+    earlier = [path for path in (results, known) if path and (path == known or path.exists())]
+    records = [record for path in earlier for record in read_results(path)["runs"]]
     study = Study(file, records)
     if results:
         found = collect(study)

@@ -5,12 +5,13 @@ for; added up over a text these are its naive Bayes score. The gate adds up a li
 the one that comes nearest to e, tokens counting as often as they occur (weighted least squares), is a gate that tells
 languages from the start. Training goes on from there (`gate.begin: random` leaves this out).
 
-V tokens of the base, C of the gate's context, K the width of an attention's values
+V tokens, N some of them, C of the gate's context, K the width of an attention's values
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from contextlib import nullcontext
 
 import numpy as np
@@ -28,7 +29,7 @@ from moect.model.partition import writing
 from moect.model.record import RECORD, ForwardRecord
 
 MOST = 6.0  # nats that one token can speak
-SMOOTHING = 0.5  # of a token's count in each language
+SMOOTHING = 0.5  # tokens a row of the vocabulary that each language is taken to have had of the mean of all
 RIDGE = 1e-6
 AT_ONCE = 4096  # tokens whose values are computed together
 
@@ -39,8 +40,12 @@ log = logging.getLogger("moect.train")
 def start_gate(model: nn.Module, config: RunConfig, stores: list[TokenStore], tokenizer, vocab_size: int) -> None:
     """Let a language gate that adds up evidence begin with that of the tokens' frequencies in `data.train`.
 
+    In the lowest block a token's value there depends on nothing else. Above it, that of a text of this token alone is
+    taken for it: a start that training has more to do with.
+
     Args:
-        model: as `build_model` makes it, also divided among ranks; changed in place. Every rank calls this.
+        model: as `build_model` makes it, also divided among ranks; changed in place. Every rank calls this, and the
+            main one computes.
         config: the run.
         stores: one for each source of `data.train`.
         tokenizer: the run's; its tokens that begin and end documents say nothing.
@@ -48,22 +53,27 @@ def start_gate(model: nn.Module, config: RunConfig, stores: list[TokenStore], to
     """
     if not config.has_language_gate or config.moe.gate_sees != "context" or config.gate.begin == "random":
         return
-    divided, decides = config.train.zero_stage == 3, modules_of(model)[0]
-    decoder, gate = model.model, decides.language_gate
-    below = [decoder.embed_tokens, *blocks_of(model)[: decides.index + 1]]
-    needed = [p for module in below for p in module.parameters()] if divided else []
-    with writing(needed) if divided else nullcontext():
-        bos = tokenizer.bos_token_id
-        ends = [i for i in (bos, tokenizer.eos_token_id) if i is not None]
-        of_tokens = distributed.on_main(lambda: evidence_of(config, stores, vocab_size, ends))
-        vocabulary = min(vocab_size, decoder.embed_tokens.weight.shape[0])
-        evidence_V, weight_V = (values_V[:vocabulary] for values_V in of_tokens)
-        values_VK = torch.cat([_values(model, decides.index, ids) for ids in torch.arange(vocabulary).split(AT_ONCE)])
-        map_K1, share = fit(values_VK, evidence_V, weight_V)
-        attention = blocks_of(model)[decides.index].self_attn
-        weight_C, bias = as_gate(map_K1, values_VK[bos] if bos is not None else None, attention)
-        gate.evidence.weight.copy_(weight_C[None])
-        gate.evidence.bias.fill_(bias)
+    decides, decoder = modules_of(model)[0], model.model
+    *below, block = blocks_of(model)[: decides.index + 1]
+    needed = [decoder.embed_tokens, *below, block.input_layernorm, block.self_attn, decides.language_gate]
+    divided = [p for part in needed for p in part.parameters()] if config.train.zero_stage == 3 else []
+    with writing(divided) if divided else nullcontext():
+
+        def found() -> tuple[Tensor, float, float]:
+            bos = tokenizer.bos_token_id
+            ends = [i for i in (bos, tokenizer.eos_token_id) if i is not None]
+            evidence_V, weight_V = evidence_of(config, stores, vocab_size, ends)
+            ids = (weight_V > 0).nonzero()[:, 0]
+            ids = ids[ids < decoder.embed_tokens.weight.shape[0]]
+            values = (_values(model, decides.index, some) for some in ids.split(AT_ONCE))
+            map_K1, share = fit(values, evidence_V[ids], weight_V[ids])
+            of_bos = None if bos is None else _values(model, decides.index, torch.tensor([bos]))[0]
+            return *as_gate(map_K1, of_bos, block.self_attn), share
+
+        weight_C, bias, share = distributed.on_main(found)
+        gate = decides.language_gate.evidence
+        gate.weight.copy_(weight_C[None])
+        gate.bias.fill_(bias)
     if distributed.is_main():
         log.info("the language gate begins with the tokens' frequencies: %.0f%% of what they say", 100 * share)
 
@@ -72,27 +82,46 @@ def evidence_of(config: RunConfig, stores: list[TokenStore], vocab_size: int, en
     """What each token speaks for, in nats, new languages being positive, and how often it occurs: fp64 (V,) each.
 
     Every language counts the same within its role, and the tokens `ends` not at all; other arguments as `start_gate`.
+    A language with little text is drawn to the mean of all, so what nothing is known of speaks for nothing.
     """
+    counts = {k: c.astype(np.float64) for k, c in counts_by_language(config.data, stores, vocab_size).items()}
+    for counts_V in counts.values():
+        counts_V[ends] = 0
+    mean_V = np.mean([counts_V / max(counts_V.sum(), 1) for counts_V in counts.values()], 0)
+    drawn = SMOOTHING * vocab_size
     shares = {"new": [], "old": []}
-    for language, counts in counts_by_language(config.data, stores, vocab_size).items():
-        counts = counts.astype(np.float64)
-        counts[ends] = 0
-        shares[config.data.languages[language]].append((counts + SMOOTHING) / (counts + SMOOTHING).sum())
-    new_V, old_V = (torch.from_numpy(np.mean(shares[role], 0)) for role in ("new", "old"))
-    return (new_V / old_V).log().clamp(-MOST, MOST), (new_V + old_V) / 2
+    for language, counts_V in counts.items():
+        shares[config.data.languages[language]].append((counts_V + drawn * mean_V) / (counts_V.sum() + drawn))
+    new_V, old_V = (np.mean(shares[role], 0) for role in ("new", "old"))
+    occurs_V = mean_V > 0
+    evidence_V = np.log(new_V, where=occurs_V, out=np.zeros_like(new_V))
+    evidence_V -= np.log(old_V, where=occurs_V, out=np.zeros_like(old_V))
+    return torch.from_numpy(evidence_V.clip(-MOST, MOST)), torch.from_numpy((new_V + old_V) / 2 * occurs_V)
 
 
-def fit(values_VK: Tensor, evidence_V: Tensor, weight_V: Tensor) -> tuple[Tensor, float]:
-    """The linear function of values, and a constant, that is nearest to the evidence: fp64 (K + 1,), and the share of
-    the evidence's variance that it explains."""
-    x_VK1 = torch.cat([values_VK.double(), torch.ones(len(values_VK), 1, dtype=torch.float64)], 1)
-    weighted_K1V = x_VK1.T * weight_V
-    products = weighted_K1V @ x_VK1
-    products += RIDGE * products.diagonal().mean() * torch.eye(len(products), dtype=torch.float64)
-    map_K1 = torch.linalg.solve(products, weighted_K1V @ evidence_V)
-    spread = evidence_V - (weight_V @ evidence_V) / weight_V.sum()
-    left = evidence_V - x_VK1 @ map_K1
-    return map_K1, (1 - (weight_V @ left**2) / (weight_V @ spread**2)).item()
+def fit(values: Iterable[Tensor], evidence_V: Tensor, weight_V: Tensor) -> tuple[Tensor, float]:
+    """The linear function of values, and a constant, that is nearest to the evidence.
+
+    Args:
+        values: fp32 (…, K), pieces of all tokens' values, in order.
+        evidence_V, weight_V: fp64.
+
+    Returns:
+        fp64 (K + 1,), and the share of the evidence's variance that it explains.
+    """
+    products, with_evidence, at = 0.0, 0.0, 0
+    for values_NK in values:
+        x_NK1 = nn.functional.pad(values_NK.double(), (0, 1), value=1.0)
+        here = slice(at, at := at + len(x_NK1))
+        weighted_K1N = x_NK1.T * weight_V[here]
+        products = products + weighted_K1N @ x_NK1
+        with_evidence = with_evidence + weighted_K1N @ evidence_V[here]
+    ridge = RIDGE * products.diagonal().mean() * torch.eye(len(products), dtype=torch.float64)
+    map_K1 = torch.linalg.solve(products + ridge, with_evidence)
+    mean = (weight_V @ evidence_V) / weight_V.sum()
+    spread = weight_V @ (evidence_V - mean) ** 2
+    left = weight_V @ evidence_V**2 - 2 * map_K1 @ with_evidence + map_K1 @ products @ map_K1
+    return map_K1, (1 - left / spread).item()
 
 
 def as_gate(map_K1: Tensor, bos_K: Tensor | None, attention: nn.Module) -> tuple[Tensor, float]:
@@ -109,7 +138,6 @@ class _Found(Exception):
     """The values are there; nothing above them is wanted."""
 
 
-@torch.no_grad()
 def _values(model: nn.Module, index: int, ids: Tensor) -> Tensor:
     """What the attention of a block has as the values of single tokens, each a text of its own: fp32 (N, K)."""
     found = []

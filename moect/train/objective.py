@@ -168,7 +168,8 @@ def _expected(counts: StepCounts) -> tuple[int | float | Tensor, int | float | T
     share = counts.old_share
     if share is None or not 0 < share < 1:
         return _some(counts.old), _some(counts.new)
-    return counts.valid * share, counts.valid * (1 - share)
+    valid = _some(counts.valid)
+    return valid * share, valid * (1 - share)
 
 
 def _some(count: int | Tensor) -> int | Tensor:

@@ -28,7 +28,8 @@ from moect.model.language_gate import OPEN
 from moect.model.record import ForwardRecord
 from moect.moe_config import logit_of
 
-MARGIN = 1e-3  # above the greatest logit that has to stay closed: kernels and batches differ in the last bits
+# above the greatest logit that has to stay closed: kernels and batches differ in the last bits, and the gate adds up
+MARGIN = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,16 @@ class TouchMeter:
         dist.all_reduce(self.greatest_G, op=dist.ReduceOp.MAX)
 
 
-def find_threshold(greatest_G: Tensor, languages: list[str], gate: GateConfig) -> Calibration:
+def find_threshold(
+    greatest_G: Tensor, languages: list[str], gate: GateConfig, dtype: torch.dtype = torch.float32
+) -> Calibration:
     """The lowest threshold that keeps the promise for each language.
 
     Args:
         greatest_G: the greatest gate logit of each document.
         languages: of each document.
         gate: what is promised.
+        dtype: of the model, which decides how far another kernel or batch may come to another logit.
 
     Raises:
         DataError: too few documents of a language to conclude anything from.
@@ -90,7 +94,7 @@ def find_threshold(greatest_G: Tensor, languages: list[str], gate: GateConfig) -
                 "gate.max_touched_old_documents"
             )
         logit = max(logit, sorted(of_language, reverse=True)[k])
-    q = _sigmoid(logit + MARGIN)
+    q = _sigmoid(logit + MARGIN[dtype])
     if logit == OPEN:
         told = ", ".join(f"{sum(v == OPEN for v in of)} of {len(of)} in {k!r}" for k, of in values.items())
         raise DataError(

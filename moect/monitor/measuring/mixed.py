@@ -81,7 +81,7 @@ def measure_mixed(
         batch_size: documents at once.
 
     Returns:
-        One row for each pair, domain and kind of part: old, new, domain, part; documents, tokens (predictions), bytes,
+        One row for each pair, domain and kind of part: old, new, domain, part; parts, tokens (predictions), bytes,
         open_share; base_bits_per_byte, bits_per_byte, and all_open_bits_per_byte.
 
     Raises:
