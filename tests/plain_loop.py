@@ -15,6 +15,7 @@ from moect.data.batches.loader import Loader
 from moect.data.vocabulary.tokenizer import load_tokenizer
 from moect.model.build import build_model
 from moect.model.record import ForwardRecord
+from moect.train.gate_start import start_gate
 
 
 def train_plainly(config: RunConfig, cache) -> tuple[list[dict], dict[str, torch.Tensor]]:
@@ -23,6 +24,7 @@ def train_plainly(config: RunConfig, cache) -> tuple[list[dict], dict[str, torch
     config.train.micro_batch = train.batch_size
     loader = Loader(config, load_tokenizer(config.model), cache)
     model = build_model(config).train()
+    start_gate(model, config, loader.stores, load_tokenizer(config.model), model.config.vocab_size)
     base = AutoModelForCausalLM.from_pretrained(config.model.base)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     biases = {name: b for name, b in model.named_buffers() if name.endswith("selection_bias")}
@@ -95,9 +97,12 @@ def _losses(config, logits_BSV, batch, record, load) -> dict:
         figures["z"] = sum(zs) / len(zs)
         total = total + weights.z * figures["z"]
     if load and moe.language_gate:
-        q_T = 1 / (1 + (-record.gate_logit_T).exp())
-        figures["gate"] = -(1 - q_T[role_T == 0]).log().mean() - q_T[role_T == 1].log().mean()
-        total = total + weights.gate * figures["gate"]
+        q_T = 1 / (1 + (-record.gate_logit_T.double()).exp())
+        old_T, new_T = -(1 - q_T[role_T == 0]).log(), -q_T[role_T == 1].log()
+        figures["gate"] = sum(part_T.sum() / max(len(part_T), 1) for part_T in (old_T, new_T))
+        # over as many tokens as the mixture has on average, which a small step may not
+        valid, share = (role_T >= 0).sum(), config.data.replay
+        total = total + weights.gate * (old_T.sum() / (share * valid) + new_T.sum() / ((1 - share) * valid))
     return figures | {"total": total}
 
 

@@ -15,6 +15,7 @@ WEIGHTS = {"balance": 0.05, "z": 0.01, "gate": 0.5, "bias_rate": 0.01}
 VARIANTS = {
     "gate and balance loss": {"moe": GATE, "loss": WEIGHTS},
     "language gate and balance loss": {"moe": LANGUAGE_GATE, "loss": WEIGHTS},
+    "language gate, no old text in some steps": {"moe": LANGUAGE_GATE, "loss": WEIGHTS, "data": {"replay": 0.1}},
     "language gate and the base's predictions": {"moe": LANGUAGE_GATE, "loss": {**WEIGHTS, "base_kl": 0.5}},
     "language gate and selection bias": {"moe": {**LANGUAGE_GATE, "balance": "bias"}, "loss": WEIGHTS},
     "discrete in one block": {"moe": {**GATE, "fusion": "discrete", "layers": [1], "width": 16}, "loss": WEIGHTS},
@@ -52,7 +53,8 @@ def test_trainer_computes_what_a_plain_loop_written_from_the_formulas_computes(p
     module = tensors(run, 5, "module")
     assert module.keys() == {f"module:{name}" for name in trained}
     for name, tensor in trained.items():
-        assert (module[f"module:{name}"] - tensor).abs().max() < 1e-5, name
+        # the weights of a gate that adds up are hundreds
+        assert (module[f"module:{name}"] - tensor).abs().max() < 1e-5 * max(1, tensor.abs().max() / 100), name
 
 
 def test_every_loss_takes_part_in_the_plain_loop(place):

@@ -70,11 +70,19 @@ class MoectPreTrainedModel(PreTrainedModel):
         """Fill what was not loaded, the base as its family does, a module as `append_moe` does; freeze the base.
 
         transformers calls this when a model is made and, with loaded tensors marked, after loading.
+
+        Raises:
+            UnsupportedModelError: the loaded tensors are of another form of the language gate.
         """
         incomplete = []
         for module in (*modules_of(self), *rows_of(self)):
             tensors = module.state_dict(keep_vars=True)
             loaded = {n: t for n, t in tensors.items() if getattr(t, "_is_hf_initialized", False)}
+            if loaded and any(".evidence." in f".{n}" for n in tensors.keys() - loaded.keys()):
+                raise UnsupportedModelError(
+                    "this model was exported with a language gate of an earlier form, which this version does not "
+                    "have: load it with the version of moect that wrote it, or train and export it anew"
+                )
             if len(loaded) < len(tensors):
                 incomplete.append((module, {n: t.clone() for n, t in loaded.items()}))
         super().initialize_weights()
