@@ -3,10 +3,13 @@
 import pytest
 import torch
 from export_helpers import exported, extended
+from safetensors.torch import load_file, save_file
 from test_append import VARIANTS
 from test_embeddings import ids_with_added, with_rows
 from tiny import logits, tokens
 from transformers import AutoModelForCausalLM
+
+from moect.errors import UnsupportedModelError
 
 PLACES = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.layers.2", "model.norm", "lm_head")
 GATES = {"fusion-gate": VARIANTS["gate"], "language-gate": {**VARIANTS["language-gate"], "balance": "bias"}}
@@ -66,3 +69,13 @@ def test_rows_of_tokens_are_fetched_from_disk_with_their_matrix(tied, tmp_path):
     assert torch.equal(
         logits(loaded(folder, tmp_path, ("model.embed_tokens", "model.layers.0", "lm_head")), ids), expected
     )
+
+
+def test_an_export_with_the_gate_of_an_earlier_version_is_refused(tmp_path):
+    folder = exported(extended("llama", VARIANTS["language-gate"]), tmp_path / "export")
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    old = {n.replace(".evidence.", ".in_proj."): t.clone() for n, t in tensors.items()}
+    save_file(old, path, metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match="a language gate of an earlier form"):
+        AutoModelForCausalLM.from_pretrained(folder)

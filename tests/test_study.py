@@ -168,7 +168,7 @@ def test_what_is_known_of_the_same_runs_is_not_run_again(files):
     ended = [(study.pilot_job("all", rate), bits) for rate, bits in rates]
     ended += [(study.method_job("all", 0.01, seed), 1.0) for seed in study.seeds]
     known = [{"name": job.name, "made_of": study.made_of(job), "bits_per_byte": bits} for job, bits in ended]
-    again = Study(files, known)
+    again = Study(files, [*known, *({**record, "made_of": "of something else"} for record in known)])
     runner = Runner(again, 1)
     assert tried_rates(again, "all") == {0.005: 3.0, 0.01: 1.0, 0.02: float("inf")}
     assert [job.name for job in runner.left()] == [

@@ -36,7 +36,8 @@ def run(
     if results:
         found = collect(study)
         write_results(found, results)
-        lost = len({record["name"] for record in records} - {run["name"] for run in found["runs"]})
+        kept = {(run["name"], run["made_of"]) for run in found["runs"]}
+        lost = len({record["name"] for record in records if (record["name"], record["made_of"]) not in kept})
         told = f"; left out {lost} that this study does not have, or has with other values" * bool(lost)
         print(f"wrote {results}: {len(found['runs'])} runs{told}")
     elif page:

@@ -149,7 +149,7 @@ class Study:
         self._base, self._shared = (read_values(self.path.parent / name) for name in (file.base, file.extend))
         self.methods = {m.name: m for m in map(self._method, file.methods)}
         self.variants = {m.name: m for m in map(self._method, file.variants)}
-        self._known = {record["name"]: record for record in known}
+        self._known = {(record["name"], record["made_of"]): record for record in known}
         self._check(file)
 
     def base(self, seed: int) -> Job:
@@ -193,8 +193,7 @@ class Study:
 
     def known(self, job: Job) -> dict | None:
         """What is known of a run from elsewhere; None: nothing, or it was made of other values."""
-        record = self._known.get(job.name)
-        return record if record and record["made_of"] == self.made_of(job) else None
+        return self._known.get((job.name, self.made_of(job)))
 
     def done(self, job: Job) -> bool:
         """Whether a run need not be run: it is known, or has ended."""

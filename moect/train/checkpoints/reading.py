@@ -240,7 +240,8 @@ def check_shapes(there: dict[str, torch.Size], shapes: dict[str, torch.Size], pa
     """
     if odd := sorted(there.keys() ^ shapes.keys()):
         raise CheckpointError(
-            f"{path}: of another model: {len(odd)} tensors are only in one of the two, first {odd[0]}"
+            f"{path}: of another model: {len(odd)} tensors are only in one of the two, first {odd[0]}; take the "
+            "configuration, and the version of moect, that it was made with"
         )
     for name, shape in there.items():
         if shape != shapes[name]:
