@@ -79,6 +79,7 @@ def plot_pareto(results: dict, path: Path) -> Path:
             axes.axvline(0, color=GREY, linewidth=0.7)
             axes.set_title(domain)
             axes.set_xscale("symlog", linthresh=1)
+            axes.margins(0.1)
             axes.xaxis.set_major_formatter(plt.FuncFormatter(lambda x, _: f"{x:g}"))
             axes.set_xlabel("old languages: bits per byte lost, %")
             axes.set_ylabel("new languages: bits per byte gained, %")
