@@ -362,11 +362,11 @@ def _tell_mixed(evaluation) -> None:
     from moect.monitor.measuring.mixed import render_mixed
 
     pairs = len({(row["old"], row["new"], row["domain"]) for row in evaluation.rows})
+    threshold = evaluation.rows[0]["gate_threshold"]
     print(
-        f"{evaluation.checkpoint}\n\nparts of documents of an old and a new language, bits per byte, means over ",
-        end="",
+        f"{evaluation.checkpoint}\n\ndocuments of an old and a new language in turn, by part; means over {pairs} pairs"
     )
-    print(f"{pairs} pairs; tokens pass above {evaluation.rows[0]['gate_threshold']:.6g}\n")
+    print(f"in bits per byte; tokens pass above {threshold:.6g}\n")
     print(f"{render_mixed(evaluation.rows)}\n\nwrote {evaluation.folder / 'mixed.jsonl'}")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import os
 import re
 from dataclasses import dataclass, field
@@ -234,14 +235,14 @@ def read_values(path: str | Path) -> dict:
 
 def config_from_dict(values: dict, where: str = "config") -> RunConfig:
     """Build and check a run's configuration from plain values; `where` begins the error messages."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
         values = _spelled_out(values)
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from error
     try:
-        config = TypeAdapter(RunConfig).validate_python(values)
+        config = _validator().validate_python(values)
     except ValidationError as error:
         raise ConfigError(f"{where}: {_in_a_line(_explain(error))}") from error
     try:
@@ -251,6 +252,13 @@ def config_from_dict(values: dict, where: str = "config") -> RunConfig:
     if "root" not in (values.get("data") or {}):
         config.data.root = os.environ.get("MOECT_DATA", config.data.root)
     return config
+
+
+@functools.cache  # it takes longer to make than to use
+def _validator():
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(RunConfig)
 
 
 def _spelled_out(values: dict) -> dict:

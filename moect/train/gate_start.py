@@ -26,7 +26,6 @@ from moect.model.append import modules_of
 from moect.model.even_attention import ENOUGH
 from moect.model.families import blocks_of
 from moect.model.partition import writing
-from moect.model.record import RECORD, ForwardRecord
 
 MOST = 6.0  # nats that one token can speak
 SMOOTHING = 0.5  # tokens a row of the vocabulary that each language is taken to have had of the mean of all
@@ -65,9 +64,9 @@ def start_gate(model: nn.Module, config: RunConfig, stores: list[TokenStore], to
             evidence_V, weight_V = evidence_of(config, stores, vocab_size, ends)
             ids = (weight_V > 0).nonzero()[:, 0]
             ids = ids[ids < decoder.embed_tokens.weight.shape[0]]
-            values = (_values(model, decides.index, some) for some in ids.split(AT_ONCE))
+            values = (values_of(model, decides.index, some) for some in ids.split(AT_ONCE))
             map_K1, share = fit(values, evidence_V[ids], weight_V[ids])
-            of_bos = None if bos is None else _values(model, decides.index, torch.tensor([bos]))[0]
+            of_bos = None if bos is None else values_of(model, decides.index, torch.tensor([bos]))[0]
             return *as_gate(map_K1, of_bos, block.self_attn), share
 
         weight_C, bias, share = distributed.on_main(found)
@@ -134,23 +133,18 @@ def as_gate(map_K1: Tensor, bos_K: Tensor | None, attention: nn.Module) -> tuple
     return weight_C, bias
 
 
-class _Found(Exception):
-    """The values are there; nothing above them is wanted."""
+def values_of(model: nn.Module, index: int, ids_N: Tensor) -> Tensor:
+    """What the attention of a block has as the values of tokens, each a text of its own: fp32 (N, K), on the CPU.
 
-
-def _values(model: nn.Module, index: int, ids: Tensor) -> Tensor:
-    """What the attention of a block has as the values of single tokens, each a text of its own: fp32 (N, K)."""
-    found = []
-
-    def take(module, args, output):
-        found.append(output)
-        raise _Found
-
-    handle = blocks_of(model)[index].self_attn.v_proj.register_forward_hook(take)
-    try:
-        model.model(input_ids=ids[:, None].to(model.device), use_cache=False, **{RECORD: ForwardRecord()})
-    except _Found:
-        pass
-    finally:
-        handle.remove()
-    return found[0][:, 0].float().cpu()
+    One token's attention is its value, so no kernel is needed, nor what it wants of device and dtype.
+    """
+    embedding_VD = model.model.embed_tokens.weight
+    h_ND = nn.functional.embedding(ids_N.to(embedding_VD.device), embedding_VD)
+    *below, block = blocks_of(model)[: index + 1]
+    for lower in below:
+        attention = lower.self_attn
+        heads_NHd = attention.v_proj(lower.input_layernorm(h_ND)).unflatten(-1, (-1, attention.head_dim))
+        heads_NHd = heads_NHd.repeat_interleave(attention.num_key_value_groups, 1)
+        r_ND = h_ND + attention.o_proj(heads_NHd.flatten(1))
+        h_ND = r_ND + lower.mlp(lower.post_attention_layernorm(r_ND))
+    return block.self_attn.v_proj(block.input_layernorm(h_ND)).float().cpu()

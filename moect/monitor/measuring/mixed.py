@@ -44,12 +44,12 @@ class Part:
     Attributes:
         document: to be scored.
         kind: one of KINDS.
-        opens: whether it is the document's first part.
+        leads: whether it is the document's first part.
     """
 
     document: TokenisedDocument
     kind: str
-    opens: bool
+    leads: bool
 
 
 class OpenMeter:
@@ -196,5 +196,5 @@ def _piece(text: str) -> str:
 def _of_parts(parts: list[Part], counts: list[int]) -> list[int]:
     """What is counted up to the end of each part, as what is counted in it."""
     return [
-        now - (0 if part.opens else before) for part, (before, now) in zip(parts, pairwise([0, *counts]), strict=True)
+        now - (0 if part.leads else before) for part, (before, now) in zip(parts, pairwise([0, *counts]), strict=True)
     ]
