@@ -1,6 +1,7 @@
 """Rows of embedding and head that train: against plain transformers models with the same matrices."""
 
 import copy
+import math
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from moect.model import ForwardRecord, MoeConfig, append_moe, base_only, losses,
 from moect.model.build import build_model, parameter_counts
 from moect.model.embeddings import append_rows, logits_of, rows_of
 from moect.model.flops import training_flops_per_token
+from moect.model.language_gate import LIMIT
 from moect.monitor.measuring.score import score
 from moect.monitor.measuring.windows import TokenisedDocument
 
@@ -75,7 +77,7 @@ def set_gate(model, value: float) -> None:
     gate = modules_of(model)[0].language_gate
     with torch.no_grad():
         gate.evidence.weight.zero_()
-        gate.evidence.bias.fill_(value)
+        gate.evidence.bias.fill_(LIMIT * math.atanh(value / LIMIT))
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny import disturb, logits, tiny_model, tokens
+from tiny import disturb, logits, open_by_half, tiny_model, tokens
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,9 +30,10 @@ def gated(blocks, logit, dtype=torch.float32):
         tiny_model(num_hidden_layers=blocks, dtype=dtype), MoeConfig(fusion="add", language_gate=True, width=16)
     )
     disturb(model)
-    bias, record = modules_of(model)[0].language_gate.evidence.bias, ForwardRecord()
-    logits(model, tokens(), moect_record=record)
-    nn.init.constant_(bias, bias.item() - record.gate_logit_T.median().item() if logit is None else logit)
+    if logit is None:
+        open_by_half(model, tokens())
+    else:
+        nn.init.constant_(modules_of(model)[0].language_gate.evidence.bias, logit)
     return model
 
 

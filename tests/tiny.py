@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from moect.model import ForwardRecord, modules_of
 from moect.model.even_attention import ENOUGH
+from moect.model.language_gate import LIMIT
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 SHAPE = {
@@ -55,3 +57,12 @@ def disturb(model, scale: float = 0.1, seed: int = 1) -> None:
         for name, parameter in model.named_parameters():
             if name.endswith("language_gate.evidence.weight"):  # its inputs are sums of few tokens, by ENOUGH
                 parameter.mul_(ENOUGH)
+
+
+@torch.no_grad()
+def open_by_half(model, ids: torch.Tensor) -> None:
+    """Move the bias of the language gate, so that half of those tokens pass."""
+    record = ForwardRecord()
+    logits(model, ids, moect_record=record)
+    middle = record.gate_logit_T.median() / LIMIT
+    modules_of(model)[0].language_gate.evidence.bias -= LIMIT * middle.atanh()

@@ -40,7 +40,7 @@ from moect.train.gate_start import start_gate
 from moect.train.health.ranks import check_ranks
 from moect.train.health.rollback import roll_back
 from moect.train.health.watchdog import Watchdog
-from moect.train.meters import Meter, duration, greatest_peak_memory, peak_flops, reset_peak_memory
+from moect.train.meters import Meter, duration, greatest_peak_memory, peak_flops, reset_peak_memory, slow_precision
 from moect.train.objective import Objective
 from moect.train.run_lock import only_training
 from moect.train.signals import Signals
@@ -217,10 +217,13 @@ class Run:
     def _train_until(self, end: int) -> None:
         """The loop over the steps."""
         train = self.config.train
-        peak, source = peak_flops(self.engine.device, DTYPES[train.precision])
+        device, dtype = self.engine.device, DTYPES[train.precision]
+        peak, source = peak_flops(device, dtype)
         self._say(f"\nMFU against {peak / 1e12:.2f} TFLOP/s a rank ({source})")
+        if advice := slow_precision(device, dtype, peak):
+            self._say(advice)
         meter = Meter(self.plan["tokens_per_step"], self.plan["flops_per_token"], peak, self.world_size)
-        reset_peak_memory(self.engine.device)
+        reset_peak_memory(device)
         while self.step < end:
             meter.start_step()
             self.watchdog.beat(f"step {self.step + 1}")

@@ -68,7 +68,7 @@ def find_gpu(name: str) -> tuple[str, Gpu]:
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """Peak matrix-product rate of one rank's device in FLOP/s, and where the figure comes from.
 
-    From the data sheet for known GPUs in bf16, else measured: the best of thirty square products.
+    From the data sheet for known GPUs in bf16, else measured.
     """
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
@@ -76,16 +76,38 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         known = [key for key in GPUS if words.issuperset(key.split())]
         if known:
             return GPUS[max(known, key=len)].flops, f"data sheet, {name}"
-    n = 4096 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(30):
-        _wait(device)
-        start = time.perf_counter()
-        a @ b
-        _wait(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best, "measured at the start"
+    return product_flops(device, dtype), "measured at the start"
+
+
+def product_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of square matrix products, the best of ten.
+
+    Their size doubles for as long as the next ones take less than about half a second together: a CPU without bf16
+    arithmetic takes fifty times as long for them as in fp32.
+    """
+    largest, n = 4096 if device.type == "cuda" else 1024, 128
+    while True:
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        best = float("inf")
+        for _ in range(10):
+            _wait(device)
+            start = time.perf_counter()
+            a @ b
+            _wait(device)
+            best = min(best, time.perf_counter() - start)
+        if n == largest or best * 8 > 0.05:
+            return 2 * n**3 / best
+        n *= 2
+
+
+def slow_precision(device: torch.device, dtype: torch.dtype, peak: float) -> str | None:
+    """What to say where a CPU is faster in fp32 than in the `dtype` of training, whose products reach `peak` FLOP/s."""
+    if device.type != "cpu" or dtype == torch.float32:
+        return None
+    times = product_flops(device, torch.float32) / peak
+    if times < 2:
+        return None
+    return f"this CPU has no fast bf16: products take {times:.0f} times as long as in fp32; see train.precision"
 
 
 class Meter:
