@@ -113,6 +113,11 @@ def check(config: RunConfig) -> None:
     check_gate(config.gate, data, config.calibrates)
     check_health(config.health)
     roles = {data.languages[source.lang] for source in data.train}
+    if "learnt" in data.languages.values() and not model.start:
+        raise ValueError(
+            "`data.languages` has a `learnt` language, and no earlier run learned it: give that run as `model.start`, "
+            "or the role `old` if the base knows it"
+        )
     if config.method == "moe-ct":
         _check_routed(config, roles)
     if config.loss.base_kl:
@@ -134,7 +139,7 @@ def check(config: RunConfig) -> None:
     if config.has_language_gate:
         if not config.loss.gate:
             raise ValueError("`loss.gate` is 0: the language gate would never learn which language is which")
-        if roles != {"old", "new"}:
+        if not {"old", "new"} <= roles:
             raise ValueError("`moe.language_gate` learns from both roles: `data.train` needs old and new languages")
         if data.replay == 0:
             raise ValueError("`moe.language_gate` learns from replayed text: set `data.replay` above 0")

@@ -9,7 +9,8 @@ from typing import Literal
 from moect.moe_config import option
 
 STRICT = {"extra": "forbid"}
-Role = Literal["old", "new"]
+Role = Literal["old", "new", "learnt"]
+KEPT = ("old", "learnt")  # not to be lost
 
 
 @dataclass
@@ -82,7 +83,11 @@ class DataConfig:
 
     __pydantic_config__ = STRICT
     root: str = option(".", "folder that relative paths start from; if not given, the environment variable MOECT_DATA")
-    languages: dict[str, Role] = option({}, "role of each language: `old` (to keep) or `new` (to learn)")
+    languages: dict[str, Role] = option(
+        {},
+        "role of each language: `old` (the base knows it: to keep), `new` (to learn), or `learnt` (the run "
+        "`model.start` learned it: to keep)",
+    )
     train: list[SourceConfig] = option([], "corpora to train on")
     evaluation: list[EvaluationConfig] = option([], "held-out texts for the monitor")
     calibration: list[EvaluationConfig] = option(
@@ -93,7 +98,9 @@ class DataConfig:
         "concatenate",
         "fill rows by joining documents and cutting every S tokens, or by whole documents that fit best, with padding",
     )
-    replay: float | None = option(None, "share of rows from old languages; null: by number of tokens, like the others")
+    replay: float | None = option(
+        None, "share of rows from old and learnt languages; null: by number of tokens, like the others"
+    )
     sampling: Literal["temperature", "unimax"] = option(
         "temperature", "languages by `temperature`, or as equally as `max_epochs` allows (UniMax)"
     )
@@ -141,7 +148,7 @@ def check_data(data: DataConfig) -> None:
         for i, source in enumerate(getattr(data, section)):
             _check_source(source, f"`data.{section}[{i}]`", data.languages)
     roles = {data.languages[source.lang] for source in data.train}
-    if data.replay and "old" not in roles:
+    if data.replay and not roles & set(KEPT):
         raise ValueError("`data.replay` is set but no corpus in `data.train` is of an old language")
     if data.replay == 1.0 and "new" in roles:
         raise ValueError("`data.replay` is 1: corpora of new languages would never be read")

@@ -61,7 +61,8 @@ def check_gate(gate: GateConfig, data: DataConfig, calibrates: bool) -> None:
     for i, source in enumerate(data.calibration):
         if data.languages[source.lang] != "old":
             raise ValueError(
-                f"`data.calibration[{i}]` is of a new language, {source.lang}: the threshold is found on old text"
+                f"`data.calibration[{i}]` is of a {data.languages[source.lang]} language, {source.lang}: the threshold "
+                "is found on old text"
             )
     if not calibrates:
         return

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from moect.data_config import DataConfig
+from moect.data_config import KEPT, DataConfig
 from moect.moe_config import option
 
 STRICT = {"extra": "forbid"}
@@ -126,14 +126,14 @@ def _check_budget(monitor: MonitorConfig, data: DataConfig) -> None:
         if monitor.action != "warn":
             raise ValueError(f"`monitor.action: {monitor.action}` has no limit to act on: set `monitor.max_forgetting`")
         return
-    old = {lang for lang, role in data.languages.items() if role == "old"}
+    old = {lang for lang, role in data.languages.items() if role in KEPT}
     measured = {text.lang for text in data.evaluation}
     for lang, value in (limits if isinstance(limits, dict) else {ANY: limits}).items():
         _limit(value)
         if lang == ANY:
             continue
         if lang not in old:
-            raise ValueError(f"`monitor.max_forgetting`: `{lang}` is no old language of `data.languages`")
+            raise ValueError(f"`monitor.max_forgetting`: `{lang}` is no old or learnt language of `data.languages`")
         if lang not in measured:
             raise ValueError(f"`monitor.max_forgetting`: `{lang}` has no text in `data.evaluation` to measure it on")
     if not old & measured:

@@ -165,7 +165,7 @@ def test_types_and_defaults_are_written_as_yaml():
     page = reference()
     assert "| `train.zero_stage` | `0`, `1`, `2`, `3` | `2` |" in page
     assert "| `monitor.window` | integer or null | `null` |" in page
-    assert "| `data.languages` | mapping of text to `old`, `new` | `{}` |" in page
+    assert "| `data.languages` | mapping of text to `old`, `new`, `learnt` | `{}` |" in page
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=names(CONFIGS))

@@ -14,7 +14,7 @@ from moect.export.targets.base_form import BaseForm
 from moect.export.targets.form import Subject, Target
 from moect.export.targets.own import Own
 
-ROLES = {"old": "to keep", "new": "to learn"}
+ROLES = {"old": "to keep", "learnt": "to keep", "new": "to learn"}
 
 
 def make_card(
@@ -127,7 +127,7 @@ def _forgetting(rows: list[dict]) -> str:
         "|---|---|---|---:|---:|---:|---|---:|",
     ]
     for row in sorted(rows, key=lambda row: row["role"] == "new"):
-        verdict = "retention" if row["role"] == "old" else "gain"
+        verdict = "gain" if row["role"] == "new" else "retention"
         share = f"{verdict} {row[verdict]:.2%}" if row.get(verdict) is not None else ""
         text = row["domain"].replace("|", "\\|").replace("\n", " ")
         lines.append(

@@ -19,6 +19,7 @@ from torch import nn
 
 from moect.config import RunConfig, load_config
 from moect.data.reading.evaluation import EvaluationText
+from moect.data_config import KEPT
 from moect.distributed import on_main, together
 from moect.errors import ConfigError, DataError, TrainingError
 from moect.model.append import modules_of
@@ -30,6 +31,7 @@ from moect.monitor.measuring.measures import gain, retention
 from moect.monitor.measuring.routing import Routing, RoutingMeter
 from moect.monitor.measuring.samples import make_prompts, write_on
 from moect.monitor.measuring.score import Sums, add_up
+from moect.monitor.measuring.start_results import read_start, write_start
 from moect.monitor.measuring.windows import TokenisedDocument, tokenise
 from moect.monitor.rows import GATE, SAMPLES, TASKS, Row, add_rows, read_rows, replace_rows
 from moect.monitor.tasks.tasks import TaskResult, Tasks, task_rows
@@ -105,6 +107,7 @@ class ForgettingMonitor:
         if cache_folder:
             self._base_files += (Path(cache_folder) / "base-results" / f"{self.key}.json",)
         self.base: BaseResults | None = None
+        self._start: dict[str, Measurement] | None = None
 
     def has_base(self) -> bool:
         """Whether the base was measured, now or in an earlier run, under the same conditions."""
@@ -165,6 +168,8 @@ class ForgettingMonitor:
                 part.reduce()
         tasks = self._answer(model)
         measured = self._measurements(sums, f"the model at step {step}")
+        if step == 0 and not self.apart:
+            self._keep_start(measured)
         routing = meter.result() if meter else [None] * len(self.texts)
         gated = meter and model.moe_config.language_gate
         at = {"gate_threshold": model.moe_config.gate_threshold} if gated else {}
@@ -194,7 +199,8 @@ class ForgettingMonitor:
                 f"data.evaluation, language {text.lang!r}, domain {text.domain!r}: no document has two tokens, "
                 "there is nothing to predict; give longer text"
             )
-        count = self.config.monitor.compare if self.config.model.base else 0  # else there is no base to be kept
+        kept = self.config.model.base and text.role != "learnt"  # else there is no base to be kept
+        count = self.config.monitor.compare if kept else 0
         first = len(self.documents)
         self.compared |= set(range(first, first + len(documents[:count])))
         self.documents += documents
@@ -262,12 +268,12 @@ class ForgettingMonitor:
         return [Measurement.of(scores) for scores in of_text]
 
     def _row(self, index: int, now: Measurement, routed: Routing | None, comparison: Comparison | None) -> Row:
-        text, base = self.texts[index], self.base.texts[index]
+        text = self.texts[index]
+        role, base = self._compared_with(index)
         bits, base_bits = now.bits_per_byte, base.bits_per_byte
-        verdict = "retention" if text.role == "old" else "gain"
-        row = {"lang": text.lang, "role": text.role, "domain": text.domain, "key": self.row_keys[index]}
+        row = {"lang": text.lang, "role": role, "domain": text.domain, "key": self.row_keys[index]}
         row |= {"bits_per_byte": bits, "base_bits_per_byte": base_bits, "delta": bits - base_bits}
-        row[verdict] = (retention if text.role == "old" else gain)(bits, base_bits)
+        row |= {"retention": retention(bits, base_bits)} if role in KEPT else {"gain": gain(bits, base_bits)}
         of_text = [i for i, of in enumerate(self.text_of_document) if of == index]
         predictions = sum(max(0, len(self.documents[i].ids) - 1) for i in of_text)
         row |= {"bytes": sum(now.n_bytes), "tokens": predictions, "documents": len(of_text)}
@@ -285,6 +291,23 @@ class ForgettingMonitor:
             row["expert_load"] = [[round(share, 4) for share in load_E] for load_E in routed.expert_load]
             row |= {key: value for key, value in asdict(routed).items() if key != "expert_load" and value is not None}
         return row
+
+    def _compared_with(self, index: int) -> tuple[str, Measurement]:
+        """A text's role, and what its numbers are held against: the base's, or of a learnt language the first of this
+        run, where there are any."""
+        text, base = self.texts[index], self.base.texts[index]
+        if text.role != "learnt":
+            return text.role, base
+        if self._start is None:
+            self._start = on_main(partial(read_start, self.folder))
+        start = self._start.get(self.row_keys[index])
+        return ("learnt", start) if start else ("new", base)
+
+    def _keep_start(self, measured: list[Measurement]) -> None:
+        of_texts = zip(self.texts, self.row_keys, measured, strict=True)
+        self._start = {key: now for text, key, now in of_texts if text.role == "learnt"}
+        if self._start:
+            on_main(partial(write_start, self.folder, self._start))
 
     def _write(
         self,

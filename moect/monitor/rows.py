@@ -3,7 +3,9 @@
     step, lang, role, domain, documents, bytes, tokens (predictions)
     key                                                  digest of base, text as tokens, window and precision: rows of
                                                          other keys cannot be compared
-    bits_per_byte, base_bits_per_byte, delta (model - base); retention (old languages) or gain (new ones)
+    bits_per_byte, base_bits_per_byte, delta (model - base); retention (old languages) or gain (new ones). Of a learnt
+                                                         language `base` is the model as the run began, and what is told
+                                                         is retention; where that was not measured it is told as new
     bits_per_byte_low, bits_per_byte_high and so on for delta, retention, gain   95% intervals, if there are any
     exact_match, base_exact_match                        where the text has answers
     exact                                                the logits beside the base's, where they were compared:

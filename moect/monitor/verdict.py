@@ -7,6 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from moect.config import RunConfig
+from moect.data_config import KEPT
 from moect.monitor.rows import Row
 from moect.monitor_config import Limit, limit_of
 
@@ -64,7 +65,7 @@ def judge(rows: list[Row], config: RunConfig) -> Verdict:
     """
     excess = []
     for row in rows:
-        limit = limit_of(config.monitor, row["lang"]) if row["role"] == "old" and config.model.base else None
+        limit = limit_of(config.monitor, row["lang"]) if row["role"] in KEPT and config.model.base else None
         base_bits = row["base_bits_per_byte"]
         if limit is not None and row["delta"] > limit.bits(base_bits):
             share = row["delta"] / base_bits if base_bits else math.inf

@@ -90,7 +90,9 @@ def evidence_of(config: RunConfig, stores: list[TokenStore], vocab_size: int, en
     drawn = SMOOTHING * vocab_size
     shares = {"new": [], "old": []}
     for language, counts_V in counts.items():
-        shares[config.data.languages[language]].append((counts_V + drawn * mean_V) / (counts_V.sum() + drawn))
+        shares["old" if config.data.languages[language] == "old" else "new"].append(
+            (counts_V + drawn * mean_V) / (counts_V.sum() + drawn)
+        )
     new_V, old_V = (np.mean(shares[role], 0) for role in ("new", "old"))
     occurs_V = mean_V > 0
     evidence_V = np.log(new_V, where=occurs_V, out=np.zeros_like(new_V))

@@ -15,7 +15,7 @@ from moect.data.batches.best_fit import BestFitRows
 from moect.data.batches.corpus import Corpus
 from moect.data.batches.packing import JoinedRows
 
-ROLES = {"old": 0, "new": 1}
+ROLES = {"old": 0, "new": 1, "learnt": 1}  # a language that was learned is as little the base's as one that is new
 PADDING = -1
 
 
@@ -28,7 +28,7 @@ class MicroBatch:
         labels_BS: int64, already shifted: the next token of the same document, else -100.
         position_ids_BS: int64, from 0 in each document's fragment. Pass them to the model with `use_cache=False` and
             without an attention mask: then documents cannot see one another.
-        role_BS: int8, role of the token's language: 0 old, 1 new, -1 padding.
+        role_BS: int8, role of the token's language: 0 old, 1 new or learnt, -1 padding.
         language_BS: int16, the token's language: its place in the sorted keys of `data.languages`; -1 padding.
         fragments: for each row (F, 4) int64, what it holds: place of the source in `data.train`, document, first and
             last token, as in `Row.fragments_F4`.

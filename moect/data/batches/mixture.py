@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moect.data_config import KEPT
 from moect.errors import ConfigError
 
 
@@ -20,10 +21,10 @@ def corpus_weights(
 
     Args:
         tokens: size of each corpus.
-        roles: `old` or `new`, of each corpus.
+        roles: `old`, `learnt` or `new`, of each corpus.
         explicit: the weight given in the configuration; None: tokens ** (1 / temperature).
-        replay: share of rows of the old languages, divided among them by weight; None: all corpora together by weight.
-            Where only one role has corpora, it gets everything.
+        replay: share of rows of old and learnt languages, divided among them by weight; None: all corpora together by
+            weight. Where only these or only new ones have corpora, they get everything.
         temperature: above 1 small corpora get more than their share of tokens; infinite: all the same.
 
     Raises:
@@ -33,7 +34,7 @@ def corpus_weights(
     weights = np.array([size if w is None else w for size, w in zip(sizes, explicit, strict=True)], dtype=np.float64)
     if replay is not None:
         for role, share in (("old", replay), ("new", 1.0 - replay)):
-            chosen = np.array(roles) == role
+            chosen = np.isin(roles, KEPT if role == "old" else role)
             total = weights[chosen].sum()
             if chosen.any() and share > 0 and total == 0:
                 raise ConfigError(f"`data.train`: every source of a language of role `{role}` has weight 0; raise one")

@@ -10,6 +10,7 @@ import numpy as np
 from moect.config import RunConfig
 from moect.data.batches.corpus import Corpus
 from moect.data.batches.mixture import corpus_weights, limit_shares
+from moect.data_config import KEPT
 
 log = logging.getLogger("moect.data")
 
@@ -42,7 +43,9 @@ def corpus_shares(
         ConfigError: no corpus is left to draw from.
     """
     data = config.data
-    groups = [c.role for c in corpora] if data.replay is not None else ["any"] * len(corpora)
+    groups = (
+        ["old" if c.role in KEPT else "new" for c in corpora] if data.replay is not None else ["any"] * len(corpora)
+    )
     known = {}
     for group in sorted(set(groups)):
         members = [i for i, g in enumerate(groups) if g == group]

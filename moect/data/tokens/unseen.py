@@ -55,8 +55,8 @@ def counts_by_language(config: DataConfig, stores: list[TokenStore], vocab_size:
 
 
 def _counts(config: DataConfig, stores: list[TokenStore], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """How often each token occurs in text of new and of old languages, int64 (V,)."""
+    """How often each token occurs in text of new (or learnt) and of old languages, int64 (V,)."""
     of_role = {role: np.zeros(vocab_size, dtype=np.int64) for role in ("new", "old")}
     for language, counts_V in counts_by_language(config, stores, vocab_size).items():
-        of_role[config.languages[language]] += counts_V
+        of_role["old" if config.languages[language] == "old" else "new"] += counts_V
     return of_role["new"], of_role["old"]

@@ -156,6 +156,8 @@ def _difference(first: RunSummary, run: RunSummary, key: Key) -> str | None:
     one, other = first.rows[key], run.rows[key]
     if one["role"] != other["role"]:
         return f"{one['role']} in {first.name}, {other['role']} in {run.name}"
+    if one["role"] == "learnt" and one["base_bits_per_byte"] != other["base_bits_per_byte"]:
+        return f"{first.name} and {run.name} began from other states of what had been learned"
     bases_differ = abs(one["base_bits_per_byte"] - other["base_bits_per_byte"]) > SAME_BASE
     # bytes alone say little: without BOS an added token at the beginning leaves out more of the same text
     if one.get("documents") != other.get("documents") or (bases_differ and one.get("bytes") != other.get("bytes")):

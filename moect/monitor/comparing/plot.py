@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 from moect.monitor.comparing.comparison import Comparison, Entry
+from moect.monitor.reporting.figures import aim
 from moect.monitor.reporting.pictures.drawing import BAD, GREY, drawing, save
 from moect.monitor.reporting.pictures.labels import COLOURS, MARKERS, labels_for
 from moect.monitor_config import ANY, Limit, limit_of
@@ -32,8 +33,8 @@ def plot(comparison: Comparison, path: Path) -> None:
         path: the PNG to write.
     """
     entries = comparison.entries
-    roles = [role for role in MEANING if any(text["role"] == role for text in comparison.texts)]
-    langs = {role: list(dict.fromkeys(t["lang"] for t in comparison.texts if t["role"] == role)) for role in roles}
+    roles = [role for role in MEANING if any(aim(text) == role for text in comparison.texts)]
+    langs = {role: list(dict.fromkeys(t["lang"] for t in comparison.texts if aim(t) == role)) for role in roles}
     rows = max(map(len, langs.values())) * (BAR * len(entries) + 0.13)
     widths = [5.4] * (len(roles) == 2) + [3.3] * len(roles)
     height = max(4.0, rows + 1.2) + 0.2 * len(entries) / 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from moect.data_config import KEPT
 from moect.monitor.comparing.comparison import Comparison, Entry
 from moect.monitor.comparing.run_summary import Figures, Key, RunSummary
 from moect.monitor.reporting.figures import share_text
@@ -127,7 +128,7 @@ def by_text(comparison: Comparison, measure: str | None = None, markdown: bool =
     heading = ["language", "role", "domain", "documents", "base", *(entry.name for entry in comparison.entries)]
     cells = _exact_match if measure == "exact_match" else _bits
     lines = []
-    for role in ("old", "new"):
+    for role in (*KEPT, "new"):
         members = [t for t in comparison.texts if t["role"] == role and _measured(comparison, t, measure)]
         for text in members:
             facts = [text["lang"], role, text["domain"], f"{text['documents']:,}"]

@@ -92,9 +92,14 @@ def at_step(rows: list[Row], step: int) -> list[Row]:
     return [row for row in rows if row["step"] == step]
 
 
+def aim(row: Row) -> str:
+    """What is wanted of a text: `new` to learn it, `old` to keep it, also where an earlier run learned it."""
+    return "new" if row["role"] == "new" else "old"
+
+
 def role(rows: list[Row], name: str) -> list[Row]:
-    """The rows of a role."""
-    return [row for row in rows if row["role"] == name]
+    """The rows of which this is wanted."""
+    return [row for row in rows if aim(row) == name]
 
 
 def signed(share: float | None, digits: int = 2) -> str:

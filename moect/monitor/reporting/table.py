@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moect.data_config import KEPT
 from moect.monitor.reporting.figures import share_text
 from moect.monitor.rows import Row
 from moect.tables import aligned
@@ -36,7 +37,7 @@ def render_table(rows: list[Row]) -> str:
         rows: of one step.
     """
     lines = []
-    for role in ("old", "new"):
+    for role in (*KEPT, "new"):
         members = [row for row in rows if row["role"] == role]
         lines += [_cells(row) for row in members]
         if len(members) > 1:
@@ -48,6 +49,8 @@ def render_table(rows: list[Row]) -> str:
     heading = "  ".join(_align(c, widths[c], COLUMNS[c]) for c in used).rstrip()
     rule = "-" * max(map(len, [heading, *aligned]))
     title = f"step {rows[0]['step']}: bits per byte on held-out text, base and model"
+    if any(row["role"] == "learnt" for row in rows):
+        title += "; of a learnt language `base` is the model as the run began"
     title += "; documents (tokens) with the base's logits" if "identical" in used else ""
     return "\n".join([title, heading, rule, *aligned])
 
@@ -103,7 +106,7 @@ def _cells(row: Row) -> dict[str, str]:
 
 def _interval(row: Row) -> str:
     """The 95% interval of retention or gain."""
-    key = "retention" if row.get("role") == "old" else "gain"
+    key = "retention" if row.get("role") in KEPT else "gain"
     low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
     return "" if low is None or high is None else f"{percent(low, 2).removesuffix('%')} to {percent(high, 2)}"
 

@@ -49,7 +49,7 @@ def samples(m: Measured) -> Section | None:
     if not m.run.samples:
         return None
     step = m.run.samples[-1]["step"]
-    here = sorted((s for s in m.run.samples if s["step"] == step), key=lambda s: s.get("role") == "old")
+    here = sorted((s for s in m.run.samples if s["step"] == step), key=lambda s: s.get("role") != "new")
     blocks = [
         Sample(
             " · ".join(isolated(str(s[key])) for key in ("lang", "role", "domain") if s.get(key)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from moect.data_config import KEPT
 from moect.monitor.reporting.figures import share_text
 from moect.monitor.reporting.names import isolated, isolated_in
 from moect.monitor.reporting.page.content import Block, Code, Picture, Section, Table, Terms, Text
@@ -111,7 +112,7 @@ def facts(run: RunFiles) -> Section:
     """What was run."""
     config, plan = run.config, run.plan
     train, data = config.train, config.data
-    by_role = {name: [lang for lang, r in data.languages.items() if r == name] for name in ("old", "new")}
+    by_role = {name: [lang for lang, r in data.languages.items() if r == name] for name in (*KEPT, "new")}
     told = [("method", config.method)]
     if config.method == "moe-ct":
         moe = config.moe
@@ -120,6 +121,7 @@ def facts(run: RunFiles) -> Section:
     told += [
         ("base", config.model.base or "made from scratch"),
         ("old languages", ", ".join(map(isolated, by_role["old"])) or "none"),
+        *([("learnt languages", ", ".join(map(isolated, by_role["learnt"])))] if by_role["learnt"] else []),
         ("new languages", ", ".join(map(isolated, by_role["new"])) or "none"),
         ("steps", f"{steps_done(run):,} of {train.steps:,}"),
         ("tokens a step", f"{train.batch_size * data.sequence_length:,}"),
