@@ -9,7 +9,14 @@ from moect.cli import main
 from moect.errors import DataError
 from moect.study.page import fill_page
 from moect.study.results import read_results, write_results
-from moect.study.tables import lengths_table, methods_table, rates_table, variants_table
+from moect.study.tables import (
+    languages_table,
+    lengths_table,
+    lifelong_table,
+    methods_table,
+    rates_table,
+    variants_table,
+)
 
 PAGE = """# A page
 
@@ -85,6 +92,24 @@ def test_variants_stand_below_what_they_are_like(results):
 def test_lengths_are_pooled_over_seeds_and_the_best_rate_is_bold(results):
     assert "| web | 1 to 16 | 80 | 76.2% |" in lengths_table(results, "full")
     assert cells(rates_table(results))["`full`"] == ["1.500", "**1.400**", "diverged"]
+
+
+def test_what_was_learned_before_is_shown_before_and_after(results):
+    """`cy` first, `ga` then; the first line is the method that learned both at once."""
+    later = run("later", 0, 1.7, 2.0, "variant")
+    for text in later["texts"]:
+        if text["lang"] == "cy":
+            text |= {"role": "learnt", "base_bits_per_byte": 1.5}
+    results["about"]["later"] = {"about": "", "like": "gate"}
+    results["runs"].append(later)
+    table = cells(lifelong_table(results, "web"))
+    assert list(table)[0] == "" and table[""][:2] == ["cy", "ga"]
+    assert table["**`gate`**"] == ["1.300", "2.300", "+0.00%", "80.0%"]
+    assert table["`later`"] == ["1.500 → 1.700", "2.700", "+0.00%", "80.0%"]
+    # both count among what was to be learned; the base's own figures are those of the other runs
+    assert cells(variants_table(results))["`later`"][0] == "2.200"
+    assert cells(languages_table(results, "web"))["base"][1].startswith("4.000")
+    assert len(lifelong_table({"about": {}, "runs": []}, "web").splitlines()) == 2
 
 
 def test_a_page_keeps_its_words_and_gets_tables_and_pictures_again_and_again(results, tmp_path, capsys):

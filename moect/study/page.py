@@ -1,8 +1,8 @@
 """A study's page: Markdown that somebody writes, with tables and pictures that are made from the results.
 
 A table stands between `<!-- study: NAME -->` and `<!-- end -->`, NAME being `methods`, `languages DOMAIN`, `variants`,
-`lengths METHOD` or `rates`; what was there is replaced. Pictures are written beside the page, as NAME.png: `pareto` and
-`curves`.
+`lifelong DOMAIN`, `lengths METHOD` or `rates`; what was there is replaced. Pictures are written beside the page, as
+NAME.png: `pareto` and `curves`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ MADE: dict[str, Callable[[dict, str | None], str]] = {
     "methods": lambda results, of: tables.methods_table(results, REFERENCE),
     "languages": lambda results, of: tables.languages_table(results, of),
     "variants": lambda results, of: tables.variants_table(results),
+    "lifelong": lambda results, of: tables.lifelong_table(results, of),
     "lengths": lambda results, of: tables.lengths_table(results, of),
     "rates": lambda results, of: tables.rates_table(results),
 }

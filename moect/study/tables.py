@@ -64,7 +64,7 @@ def languages_table(results: dict, domain: str) -> str:
     if domain not in domains(results):
         raise DataError(f"no text of the study has the domain {domain!r}; there are {', '.join(domains(results))}")
     languages = [t["lang"] for t in _measured(results)[0]["texts"] if t["domain"] == domain]
-    of_seeds = list({run["seed"]: run for run in _measured(results)}.values())  # one of each base
+    of_seeds = list({run["seed"]: run for run in reversed(_measured(results))}.values())  # one of each base
 
     def cells(runs: list[Run], key: str) -> list[str]:
         return [_spread(runs, lambda r, lang=lang: _text(r, lang, domain)[key], "{:.3f}") for lang in languages]
@@ -117,6 +117,29 @@ def lengths_table(results: dict, method: str) -> str:
         for (domain, low, high), (same, total) in sorted(counts.items())
     ]
     return markdown(heads, lines)
+
+
+def lifelong_table(results: dict, domain: str) -> str:
+    """What runs kept that learned a second set of languages: a line each, below the method that learned all at once.
+
+    A language of the first set has what it had before and after the second run.
+    """
+    about, methods = results["about"], _groups(results, "method")
+    runs = [run for run in _measured(results) if any(t["role"] == "learnt" for t in run["texts"])]
+    texts = runs[0]["texts"] if runs else []
+    languages = [t["lang"] for t in texts if t["role"] != "old" and t["domain"] == domain]
+
+    def cells(run: Run) -> list[str]:
+        texts = [_text(run, lang, domain) for lang in languages]
+        befores = [f"{t['base_bits_per_byte']:.3f} → " if t["role"] == "learnt" else "" for t in texts]
+        learned = [f"{before}{t['bits_per_byte']:.3f}" for before, t in zip(befores, texts, strict=True)]
+        return [*learned, _figure(change(run, "old", domain), "{:+.2%}"), _figure(identical(run), "{:.1%}")]
+
+    lines = []
+    for like in dict.fromkeys(about[run["method"]]["like"] for run in runs):
+        lines += [[f"**`{like}`**", *cells(run)] for run in methods.get(like, []) if run["seed"] == runs[0]["seed"]]
+        lines += [[f"`{run['method']}`", *cells(run)] for run in runs if about[run["method"]]["like"] == like]
+    return markdown(["", *languages, f"old: {domain}", "old documents identical"], lines)
 
 
 def rates_table(results: dict) -> str:
@@ -187,7 +210,8 @@ def _figure(value: float | None, form: str) -> str:
 
 
 def _texts(run: Run, role: str, domain: str) -> list[dict]:
-    return [t for t in run["texts"] if (t["role"], t["domain"]) == (role, domain)]
+    roles = ("new", "learnt") if role == "new" else (role,)
+    return [t for t in run["texts"] if t["role"] in roles and t["domain"] == domain]
 
 
 def _measured(results: dict) -> list[Run]:
