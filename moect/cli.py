@@ -89,6 +89,15 @@ def prepare(arguments: argparse.Namespace) -> None:
         print("\n".join(told), flush=True)
 
 
+def probe(arguments: argparse.Namespace) -> None:
+    """Measure in which blocks of a base its languages are least alike, and say how many experts each should have."""
+    from moect.probe import probe as measure
+    from moect.probe import render
+    from moect.stages import load_stages
+
+    print(render(measure(load_stages(arguments.config, arguments.overrides)[-1], arguments.experts, arguments.moved)))
+
+
 def evaluate(arguments: argparse.Namespace) -> None:
     """Measure a checkpoint of a run as its training would have, and add the results to the run's."""
     from moect.evaluate import evaluate_mixed, evaluate_run
@@ -217,12 +226,20 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(run=function)
         return made
 
-    for function in (train, plan, prepare):
+    for function in (train, plan, prepare, probe):
         made = command(function)
         made.add_argument("--config", required=True, type=Path, help="YAML file; docs/configuration.md lists all keys")
         made.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace single values of the file")
         if function is train:
             _take_local_rank(made)
+        elif function is probe:
+            made.add_argument("--experts", type=positive, metavar="N", help="of the mean block (default: moe.experts)")
+            made.add_argument(
+                "--moved",
+                type=Path,
+                metavar="RUN",
+                help="a run of a few steps with method=full: only blocks whose FFN moved most there get experts",
+            )
         elif function is prepare:
             made.add_argument("--workers", type=positive, help="processes that tokenize (default: the cores)")
             made.add_argument(

@@ -160,7 +160,7 @@ def _check_parts(config: RunConfig) -> None:
 
 def _check_routed(config: RunConfig, roles: set[str]) -> None:
     loss = config.loss
-    if loss.balance_over == "trained" and config.moe.trained_experts < 2:
+    if loss.balance_over == "trained" and config.moe.fewest_experts < 3:
         raise ValueError("`loss.balance_over: trained` has nothing to balance: `moe.experts` has to be 3 at least")
     if loss.language_prior and ("old" not in roles or config.data.replay == 0):
         raise ValueError(

@@ -28,7 +28,11 @@ class MoeConfig:
     layers: str | list[int] = option(
         "all", "blocks that get a module: `all`, `every-N` (blocks N-1, 2N-1, …), or a list of block indices"
     )
-    experts: int = option(4, "experts per block, E; with `fusion: routed` the frozen FFN is one of them")
+    experts: int | list[int] = option(
+        4,
+        "experts per block, E, or a list with that of each chosen block (`moect probe` proposes one); with `fusion: "
+        "routed` the frozen FFN is one of them",
+    )
     top_k: int = option(2, "experts per token, K")
     width: int | None = option(None, "width of an expert, F; null: the width of the base's FFN")
     router: Literal["softmax", "sigmoid"] = option("softmax", "how router logits become scores; always in fp32")
@@ -62,11 +66,16 @@ class MoeConfig:
             if get_origin(hint) is Literal and getattr(self, name) not in allowed:
                 raise ValueError(f"moe.{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
         check_blocks(self.layers, "moe.layers")
-        for name in ("experts", "top_k"):
-            if getattr(self, name) < 1:
+        if self.experts == []:
+            raise ValueError("moe.experts is an empty list: give a number for each chosen block, or one for all")
+        for name, least in (("experts", self.fewest_experts), ("top_k", self.top_k)):
+            if least < 1:
                 raise ValueError(f"moe.{name} is {getattr(self, name)}: it must be at least 1")
-        if self.top_k > self.experts:
-            raise ValueError(f"moe.top_k is {self.top_k} but there are only {self.experts} experts: lower moe.top_k")
+        if self.top_k > self.fewest_experts:
+            where = "a block has" if isinstance(self.experts, list) else "there are"
+            raise ValueError(
+                f"moe.top_k is {self.top_k} but {where} only {self.fewest_experts} experts: lower moe.top_k"
+            )
         if self.width is not None and (self.width < 8 or self.width % 8):
             raise ValueError(f"moe.width is {self.width}: the kernels need a multiple of 8")
         if not 0.0 <= self.fixed_weight < 1.0:
@@ -78,7 +87,7 @@ class MoeConfig:
         if self.language_gate and self.fusion != "add":
             raise ValueError(f"moe.language_gate needs moe.fusion: add, and it is `{self.fusion}`")
         if self.fusion == "routed":
-            if self.experts < 2:
+            if self.fewest_experts < 2:
                 raise ValueError("moe.fusion: routed needs moe.experts of 2 at least, the frozen FFN being one of them")
             if self.init == "zero" or not self.renormalise or self.routed_scale != 1.0:
                 raise ValueError(
@@ -104,9 +113,34 @@ class MoeConfig:
         return logit_of(self.gate_threshold)
 
     @property
-    def trained_experts(self) -> int:
-        """Experts that have parameters of their own."""
-        return self.experts - (self.fusion == "routed")
+    def fewest_experts(self) -> int:
+        """E of the block that has the fewest."""
+        return min(self.experts) if isinstance(self.experts, list) else self.experts
+
+    @property
+    def experts_told(self) -> str:
+        """E for a reader: one number, or from the fewest to the most."""
+        return f"{min(self.experts)} to {max(self.experts)}" if isinstance(self.experts, list) else str(self.experts)
+
+    @property
+    def frozen_experts(self) -> int:
+        """Experts of a block that are the frozen FFN: 0 or 1."""
+        return int(self.fusion == "routed")
+
+    def experts_by_block(self, num_layers: int) -> dict[int, int]:
+        """E of each chosen block, by its index, ascending.
+
+        Raises:
+            ValueError: as `chosen_blocks`, or a list of another length than there are such blocks.
+        """
+        indices = self.layer_indices(num_layers)
+        counts = self.experts if isinstance(self.experts, list) else [self.experts] * len(indices)
+        if len(counts) != len(indices):
+            raise ValueError(
+                f"moe.experts has {len(counts)} numbers, and moe.layers chooses {len(indices)} of the base's "
+                f"{num_layers} blocks: give one for each of these"
+            )
+        return dict(zip(indices, counts, strict=True))
 
     def layer_indices(self, num_layers: int) -> list[int]:
         """The chosen blocks, ascending.

@@ -31,7 +31,7 @@ def extended(family="llama", variant=None, dtype=torch.float32, **changes):
     disturb(model, scale=0.3)
     for moe in modules_of(model):
         if moe.router.selection_bias is not None:
-            moe.router.selection_bias.copy_(torch.linspace(-0.3, 0.3, moe.config.experts))
+            moe.router.selection_bias.copy_(torch.linspace(-0.3, 0.3, moe.num_experts))
     return model.eval()
 
 

@@ -212,7 +212,7 @@ def _of_pair(base: nn.Module, extended: nn.Module, batch: int, decides: bool) ->
     gate = sum(_bytes(g.parameters()) for g in gates)
     experts = sum(
         m.router.weight.nbytes
-        + _bytes(m.experts.parameters()) * min(m.config.experts, batch * m.config.top_k) // m.config.experts
+        + _bytes(m.experts.parameters()) * min(m.num_experts, batch * m.config.top_k) // m.num_experts
         + _bytes(m.fusion.parameters())
         for m in modules
     )

@@ -101,8 +101,8 @@ def _origin(config: RunConfig, info: dict, gives_back: bool) -> str:
     return (
         f"Continual training {of} by an appended mixture of experts, {info['step']} steps, with moect{print_of_base}. "
         f"The base was frozen{inside}.{_rows(config)} "
-        f"Each chosen block (`{moe.layers}`) has {moe.experts} experts, {moe.top_k} of them for a token, joined by "
-        f"fusion `{moe.fusion}`{gated}."
+        f"Each chosen block (`{moe.layers}`) has {moe.experts_told} experts, {moe.top_k} of them for a token, joined "
+        f"by fusion `{moe.fusion}`{gated}."
     )
 
 

@@ -108,7 +108,7 @@ def append_to_blocks(
     Whoever calls this sees to the record: each pass through the blocks needs one, by the keyword `RECORD`.
     """
     try:
-        indices = config.layer_indices(base_config.num_hidden_layers)
+        experts = config.experts_by_block(base_config.num_hidden_layers)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     ffn_width = base_config.intermediate_size
@@ -118,7 +118,7 @@ def append_to_blocks(
 
     if config.dispatch != "auto" and config.dispatch not in backends():
         raise ConfigError(f"moe.dispatch: no backend `{config.dispatch}`; there are auto, {', '.join(backends())}")
-    if config.top_k == 1 < config.experts and config.renormalise:
+    if config.top_k == 1 < max(experts.values()) and config.renormalise:
         _warn_once("moe.top_k is 1 and moe.renormalise true: weights are always 1, the text does not train the router")
 
     decoder.requires_grad_(False)
@@ -127,12 +127,12 @@ def append_to_blocks(
     for index, block in enumerate(decoder.layers):
         block.__class__ = appended_class
         block.moe = None
-        if index not in indices:
+        if index not in experts:
             continue
         weight = block.mlp.down_proj.weight
         with torch.device("meta"):
-            decides = index == indices[0]
-            moe = MoEFFN(config, base_config.hidden_size, ffn_width, index, decides, context_width(base_config))
+            decides, context = index == min(experts), context_width(base_config)
+            moe = MoEFFN(config, experts[index], base_config.hidden_size, ffn_width, index, decides, context)
         moe.to(dtype=weight.dtype).to_empty(device=weight.device)
         _keep_buffers_fp32(moe)
         if weight.device.type != "meta":

@@ -154,7 +154,7 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     total = sum(p.numel() for p in model.parameters())
     idle = 0
     for moe in modules_of(model):
-        trained = moe.config.trained_experts
+        trained = moe.experts.shape[0]
         per_expert = sum(p.numel() for p in moe.experts.parameters()) // trained
         idle += per_expert * max(0, trained - moe.config.top_k)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

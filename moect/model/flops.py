@@ -68,7 +68,7 @@ def _matmul_flops(block: nn.Module, parameters: list[nn.Parameter]) -> tuple[flo
     for parameter in parameters:
         if parameter.dim() < 2:
             continue
-        share = moe.config.top_k / moe.config.experts if id(parameter) in expert_names else 1
+        share = moe.config.top_k / moe.num_experts if id(parameter) in expert_names else 1
         cost += 2 * parameter.numel() * share
         trained += 2 * parameter.numel() * share * parameter.requires_grad
     return cost, trained

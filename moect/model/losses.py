@@ -84,7 +84,8 @@ def base_kl_sum(
 
 
 def expert_counts(record: ForwardRecord, num_experts: int, valid_T: Tensor) -> Tensor:
-    """Assignments of valid tokens to each expert, (L, E) fp64, blocks ascending."""
+    """Assignments of valid tokens to each expert, (L, E) fp64, blocks ascending; E of the block that has the most, the
+    others have none beyond theirs."""
     counts_LE = []
     for index in sorted(record.blocks):
         block = record.blocks[index]
@@ -94,7 +95,8 @@ def expert_counts(record: ForwardRecord, num_experts: int, valid_T: Tensor) -> T
 
 
 def score_sums(record: ForwardRecord, router: str, valid_T: Tensor, first: int = 0) -> Tensor:
-    """Sum over valid tokens of each expert's score, normalised to sum 1 per token, (L, E) fp32, with gradient.
+    """Sum over valid tokens of each expert's score, normalised to sum 1 per token, (L, E) fp32, with gradient; E as in
+    `expert_counts`.
 
     Args:
         record: of a pass.
@@ -102,7 +104,7 @@ def score_sums(record: ForwardRecord, router: str, valid_T: Tensor, first: int =
         valid_T: bool.
         first: the experts before this one are left out, as if they were not there; their sums are 0.
     """
-    sums_LE = []
+    sums_LE, most = [], max(block.logits_TE.shape[1] for block in record.blocks.values())
     for index in sorted(record.blocks):
         logits_TE = record.blocks[index].logits_TE[valid_T, first:]
         if router == "softmax":
@@ -110,20 +112,22 @@ def score_sums(record: ForwardRecord, router: str, valid_T: Tensor, first: int =
         else:
             scores_TE = logits_TE.sigmoid()
             scores_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
-        sums_LE.append(nn.functional.pad(scores_TE.sum(0), (first, 0)))
+        sums_LE.append(nn.functional.pad(scores_TE.sum(0), (first, most - first - scores_TE.shape[1])))
     return torch.stack(sums_LE)
 
 
-def balance_loss(load_LE: Tensor, mean_scores_LE: Tensor, first: int = 0) -> Tensor:
+def balance_loss(load_LE: Tensor, mean_scores_LE: Tensor, first: int = 0, experts_L: Tensor | None = None) -> Tensor:
     """E · Σ_e f_e P_e, mean over blocks (MoE-LPR, arXiv 2408.11396; the Switch loss with Σ f_e = 1): 1 when balanced.
 
     Args:
         load_LE: f, share of assignments of each expert; without gradient.
         mean_scores_LE: P, mean score of each expert over tokens; the gradient flows through it.
         first: the experts before this one are left out; E and f are those of the others.
+        experts_L: E of each block; None: all have as many.
     """
+    experts_L = load_LE.shape[1] if experts_L is None else experts_L
     load_LE = load_LE[:, first:] / load_LE[:, first:].sum(1, keepdim=True).clamp_min(1e-9)
-    return load_LE.shape[1] * (load_LE * mean_scores_LE[:, first:]).sum(1).mean()
+    return ((experts_L - first) * (load_LE * mean_scores_LE[:, first:]).sum(1)).mean()
 
 
 def language_prior_sum(record: ForwardRecord, role_T: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ class MoEFFN(nn.Module):
 
     Args:
         config: what it is made of.
+        experts: E of this block.
         width: D of the base.
         ffn_width: width of the base's FFN.
         index: the block's index.
@@ -37,14 +38,17 @@ class MoEFFN(nn.Module):
         context: C, of the gate's context.
     """
 
-    def __init__(self, config: MoeConfig, width: int, ffn_width: int, index: int, decides: bool, context: int):
+    def __init__(
+        self, config: MoeConfig, experts: int, width: int, ffn_width: int, index: int, decides: bool, context: int
+    ):
         super().__init__()
         self.config = config
+        self.num_experts = experts
         self.index = index
         self.enabled = True
         self.copies = config.starts_as_copies(ffn_width)
-        self.router = Router(config, width)
-        self.experts = Experts(config.trained_experts, width, config.width or ffn_width, config.dispatch)
+        self.router = Router(config, experts, width)
+        self.experts = Experts(experts - config.frozen_experts, width, config.width or ffn_width, config.dispatch)
         self.fusion = Fusion(config, width, around=not self.copies)
         self.language_gate = None
         if config.language_gate and decides:

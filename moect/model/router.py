@@ -18,12 +18,12 @@ class Router(nn.Module):
     trainer moves the bias, gradients never do.
     """
 
-    def __init__(self, config: MoeConfig, width: int):
+    def __init__(self, config: MoeConfig, experts: int, width: int):
         super().__init__()
         self.config = config
-        self.weight = nn.Parameter(torch.empty(config.experts, width))
+        self.weight = nn.Parameter(torch.empty(experts, width))
         if config.balance == "bias":
-            self.register_buffer("selection_bias", torch.zeros(config.experts, dtype=torch.float32))
+            self.register_buffer("selection_bias", torch.zeros(experts, dtype=torch.float32))
         else:
             self.selection_bias = None
 

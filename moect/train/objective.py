@@ -52,6 +52,8 @@ class Objective(nn.Module):
 
     Attributes:
         model: the causal LM.
+        experts_L: fp64, E of each block with a module.
+        num_experts: E of the block that has the most.
         load_LE: fp64, share of assignments each expert had in the last step that was taken; uniform at the start.
         sums: what the micro-batches of this step added up to on this rank, by name; fp64, without gradient.
     """
@@ -61,8 +63,11 @@ class Objective(nn.Module):
         self.model = model
         self.config = config
         self.modules_L = modules_of(model)
-        moe = config.moe
-        self.load_LE = torch.full((len(self.modules_L), moe.experts), 1 / moe.experts, dtype=torch.float64)
+        counts = [moe.num_experts for moe in self.modules_L]
+        self.experts_L = torch.tensor(counts, dtype=torch.float64)
+        self.num_experts = max(counts, default=0)
+        there_LE = torch.arange(self.num_experts) < self.experts_L[:, None]
+        self.load_LE = there_LE / self.experts_L[:, None]
         self.sums: dict[str, Tensor] = {}
         self.first_balanced = int(config.loss.balance_over == "trained")  # expert 0 is the frozen FFN
 
@@ -132,7 +137,7 @@ class Objective(nn.Module):
         moe, weights = self.config.moe, self.config.loss
         valid_T = role_T >= 0
         with torch.no_grad():
-            self._add("expert_counts", expert_counts(record, moe.experts, valid_T))
+            self._add("expert_counts", expert_counts(record, self.num_experts, valid_T))
             shares = [b.frozen_share_T[valid_T].sum() for b in record.blocks.values() if b.frozen_share_T is not None]
             if shares:
                 self._add("frozen_share", torch.stack(shares).mean())
@@ -140,7 +145,8 @@ class Objective(nn.Module):
         if moe.balance == "loss" and weights.balance:
             sums_LE = score_sums(record, moe.router, valid_T, self.first_balanced)
             self._add("scores", sums_LE)
-            balance = balance_loss(self.load_LE.to(sums_LE), sums_LE / counts.valid, self.first_balanced)
+            load_LE, experts_L = self.load_LE.to(sums_LE), self.experts_L.to(sums_LE)
+            balance = balance_loss(load_LE, sums_LE / counts.valid, self.first_balanced, experts_L)
             loss = loss + weights.balance * balance
         if weights.language_prior:
             prior = language_prior_sum(record, role_T)

@@ -96,10 +96,11 @@ class Steps:
             "old_share": counts.old / max(counts.valid, 1),
         }
         if "expert_counts" in sums:
-            values["greatest_load"] = load_LE.max().item() * load_LE.shape[1]
+            values["greatest_load"] = (load_LE.max(1).values * self.objective.experts_L).max().item()
         if "scores" in sums:
             scores_LE = sums["scores"] / counts.valid
-            values["balance"] = balance_loss(load_LE, scores_LE, self.objective.first_balanced).item()
+            experts_L, first = self.objective.experts_L, self.objective.first_balanced
+            values["balance"] = balance_loss(load_LE, scores_LE, first, experts_L).item()
         if "base_kl" in sums:
             values["base_kl"] = sums["base_kl"].item() / max(counts.old, 1)
         if "prior" in sums:
@@ -129,7 +130,8 @@ class Steps:
         objective.load_LE = counts_LE / counts_LE.sum(1, keepdim=True).clamp_min(1)
         if self.config.moe.balance == "bias":
             first = objective.first_balanced
-            for moe, counts_E in zip(objective.modules_L, counts_LE, strict=True):
+            for moe, all_E in zip(objective.modules_L, counts_LE, strict=True):
+                counts_E = all_E[: moe.num_experts]
                 step_E = torch.sign(counts_E[first:].mean() - counts_E) * self.config.loss.bias_rate
                 step_E[:first] = 0
                 moe.router.selection_bias += step_E.to(moe.router.selection_bias)

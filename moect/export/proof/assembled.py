@@ -39,7 +39,9 @@ def assemble(subject: Subject, tensors: Mapping[str, Tensor], blocks: range | No
         )
     inside = [i - blocks.start for i in subject.blocks if i in blocks]
     if inside:
-        append_moe(model, replace(subject.moe, layers=inside, dispatch="reference"))
+        experts = subject.moe.experts_by_block(subject.base.num_hidden_layers)
+        counts = [experts[i + blocks.start] for i in inside]
+        append_moe(model, replace(subject.moe, layers=inside, experts=counts, dispatch="reference"))
         if blocks.start > subject.blocks[0]:  # a block below has the language gate
             modules_of(model)[0].language_gate = None
     if subject.rows:

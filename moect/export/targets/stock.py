@@ -99,6 +99,8 @@ class StockMixture(Target):
         moe = subject.moe
         if moe is None:
             return "nothing was appended"
+        if isinstance(moe.experts, list):
+            return "its blocks have as many experts each, and those of moe.experts differ"
         if moe.language_gate:
             return "it has no gate that skips the experts (moe.language_gate)"
         if reason := self.fusion_reason(moe.fusion):
@@ -172,7 +174,7 @@ def expert_pieces(
     """
     _, moe = names_of(index)
     F, (gate, up, down), pieces = subject.expert_width, parts, []
-    for e in range(subject.moe.trained_experts):
+    for e in range(subject.moe.experts - subject.moe.frozen_experts):
         name = f"{start}.{first + e}"
         pieces += [
             Piece(f"{name}.{gate}.weight", (moe["gate_up"],), partial(rows, expert=e, first=0, last=F)),

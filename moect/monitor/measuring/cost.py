@@ -60,13 +60,13 @@ def forward_flops(model: nn.Module, passes: Passes, module: bool = True) -> int:
     """
     config = model.config
     added = {id(p) for moe in modules_of(model) for p in moe.parameters()}
-    experts = {id(p) for moe in modules_of(model) for p in moe.experts.parameters()}
-    met = modules_of(model)[0].config.top_k / modules_of(model)[0].config.experts if experts else 1
+    # of experts a token meets a share
+    met = {id(p): m.config.top_k / m.num_experts for m in modules_of(model) for p in m.experts.parameters()}
     products = 0.0
     for name, parameter in blocks_of(model).named_parameters():
         if parameter.dim() < 2 or (not module and (id(parameter) in added or "lora_" in name or MARK in name)):
             continue
-        products += 2 * parameter.numel() * (met if id(parameter) in experts else 1)
+        products += 2 * parameter.numel() * met.get(id(parameter), 1)
     rows = rows_of(model) if module else []
     head = 2 * model.lm_head.weight.numel() + (2 * rows[-1].delta.numel() if rows else 0)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -22,7 +22,8 @@ class Routing:
 
     Attributes:
         blocks: (L,), indices of the blocks that have a module.
-        expert_load: (L, E), share of a block's assignments that each expert got; all 0 where no token reached it.
+        expert_load: (L, E), share of a block's assignments that each expert got, E its own; all 0 where no token
+            reached it.
         load_entropy: (L,), entropy of that load over log E: 1 where all experts get the same, 0 where one gets all (or
             nothing came). Routing that collapses in deep blocks shows here (arXiv 2605.17598).
         router_entropy: (L,), mean over tokens of the entropy of the router's scores over log E: 0 where it is sure.
@@ -53,9 +54,10 @@ class RoutingMeter:
         modules = modules_of(model)
         self.config = modules[0].config
         self.blocks = [m.index for m in modules]
+        self.experts = [m.num_experts for m in modules]
         device = next(model.parameters()).device
         self.group_of_document = torch.tensor(group_of_document, device=device)
-        G, L, E = max(group_of_document) + 1, len(modules), self.config.experts
+        G, L, E = max(group_of_document) + 1, len(modules), max(self.experts)
         self.assignments_GLE = torch.zeros(G, L, E, dtype=torch.float64, device=device)
         self.tokens_GL = torch.zeros(G, L, dtype=torch.float64, device=device)  # that reached the experts
         self.entropy_GL, self.frozen_GL = (torch.zeros_like(self.tokens_GL) for _ in range(2))
@@ -74,9 +76,10 @@ class RoutingMeter:
             if block is None:  # no token got through the language gate
                 continue
             here_T = group_T if block.open_T is None else group_T[block.open_T]
-            cell_NK = here_T[here_T >= 0, None] * self.config.experts + block.indices_TK[here_T >= 0]
-            counts_GE = torch.bincount(cell_NK.flatten(), minlength=self.assignments_GLE[:, layer].numel())
-            self.assignments_GLE[:, layer] += counts_GE.view_as(self.assignments_GLE[:, layer])
+            assignments_GE = self.assignments_GLE[:, layer]
+            cell_NK = here_T[here_T >= 0, None] * assignments_GE.shape[1] + block.indices_TK[here_T >= 0]
+            counts_GE = torch.bincount(cell_NK.flatten(), minlength=assignments_GE.numel())
+            assignments_GE += counts_GE.view_as(assignments_GE)
             _sum(self.tokens_GL[:, layer], here_T, torch.ones_like(here_T))
             _sum(self.entropy_GL[:, layer], here_T, self._entropy(block.logits_TE))
             if block.frozen_share_T is not None:
@@ -94,7 +97,8 @@ class RoutingMeter:
     def result(self) -> list[Routing]:
         """The routing of each group."""
         load_GLE = self.assignments_GLE / self.assignments_GLE.sum(-1, keepdim=True).clamp_min(1)
-        load_entropy_GL = torch.special.entr(load_GLE).sum(-1) / self._greatest_entropy
+        greatest_L = torch.tensor([_greatest_entropy(E) for E in self.experts]).to(load_GLE)
+        load_entropy_GL = torch.special.entr(load_GLE).sum(-1) / greatest_L
         means = [sums_GL / self.tokens_GL.clamp_min(1) for sums_GL in (self.entropy_GL, self.frozen_GL)]
         tokens_G, gate_G, open_G = self.gate_G3.T
         gate_G, open_G = gate_G / tokens_G.clamp_min(1), open_G / tokens_G.clamp_min(1)
@@ -106,7 +110,7 @@ class RoutingMeter:
         return [
             Routing(
                 self.blocks,
-                load_LE,
+                [load_E[:E] for load_E, E in zip(load_LE, self.experts, strict=True)],
                 load_entropy_L,
                 router_entropy_L,
                 gate if has_fusion or has_language_gate else None,
@@ -118,16 +122,16 @@ class RoutingMeter:
             )
         ]
 
-    @property
-    def _greatest_entropy(self) -> float:
-        return log(self.config.experts) if self.config.experts > 1 else 1.0
-
     def _entropy(self, logits_TE: Tensor) -> Tensor:
         """Entropy (T,) of the router's scores as shares, over its greatest value."""
         scores_TE = logits_TE.float()
         scores_TE = scores_TE.softmax(-1) if self.config.router == "softmax" else scores_TE.sigmoid()
         shares_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
-        return torch.special.entr(shares_TE).sum(-1) / self._greatest_entropy
+        return torch.special.entr(shares_TE).sum(-1) / _greatest_entropy(shares_TE.shape[1])
+
+
+def _greatest_entropy(experts: int) -> float:
+    return log(experts) if experts > 1 else 1.0
 
 
 def _sum(sums_G: Tensor, group_T: Tensor, value_T: Tensor) -> None:

@@ -48,21 +48,19 @@ def odd_experts(rows: list[Row]) -> tuple[list[Expert], list[Expert]]:
     load_LE = mean_load(rows)
     if load_LE is None:
         return [], []
-    blocks = blocks_of(rows)
-    even = 1 / load_LE.shape[1]
     reached = [
-        Expert(block, expert, float(load), even)
-        for block, load_E in zip(blocks, load_LE, strict=True)
+        Expert(block, expert, float(load), float(even))
+        for block, load_E, even in zip(blocks_of(rows), load_LE, even_share(load_LE), strict=True)
         for expert, load in enumerate(load_E)
-        if load_E.sum() > 0
+        if np.nansum(load_E) > 0 and not np.isnan(load)
     ]
-    dead = sorted((e for e in reached if e.load < DEAD * even), key=lambda e: e.load)
-    return dead, sorted((e for e in reached if e.load > OVERLOADED * even), key=lambda e: -e.load)
+    dead = sorted((e for e in reached if e.load < DEAD * e.even), key=lambda e: e.load)
+    return dead, sorted((e for e in reached if e.load > OVERLOADED * e.even), key=lambda e: -e.load)
 
 
 def mean_load(rows: list[Row]) -> np.ndarray | None:
     """(L, E): share of a block's assignments that each expert gets over all texts; all 0 in a block that no token
-    reached; None without modules.
+    reached, nan beyond the experts of a block that has fewer than others; None without modules.
 
     A text weighs by its tokens that reach the experts (by its bytes in rows of before tokens were counted).
     """
@@ -71,9 +69,23 @@ def mean_load(rows: list[Row]) -> np.ndarray | None:
         return None
     unit = unit_of_weight(measured)
     weights = [row.get(unit, 1) * row.get("open_share", 1.0) for row in measured]
-    total_LE = sum(np.array(row["expert_load"]) * weight for row, weight in zip(measured, weights, strict=True))
-    sum_L1 = total_LE.sum(1, keepdims=True)
-    return np.divide(total_LE, sum_L1, out=np.zeros_like(total_LE), where=sum_L1 > 0)
+    total_LE = sum(load_of(row) * weight for row, weight in zip(measured, weights, strict=True))
+    sum_L1 = np.nansum(total_LE, 1, keepdims=True)
+    return total_LE / np.where(sum_L1 > 0, sum_L1, 1)
+
+
+def load_of(row: Row) -> np.ndarray:
+    """(L, E): a text's load, nan beyond the experts of a block that has fewer than others."""
+    loads = row["expert_load"]
+    load_LE = np.full((len(loads), max(map(len, loads))), np.nan)
+    for load_E, given in zip(load_LE, loads, strict=True):
+        load_E[: len(given)] = given
+    return load_LE
+
+
+def even_share(load_LE: np.ndarray) -> np.ndarray:
+    """(L,): what every expert of a block would have if all had the same."""
+    return 1 / (~np.isnan(load_LE)).sum(1)
 
 
 def unit_of_weight(rows: list[Row]) -> str:
@@ -90,7 +102,9 @@ def blocks_of(rows: list[Row]) -> list[int]:
 def load_entropy(row: Row) -> np.ndarray:
     """(L): how evenly a text's tokens are spread over a block's experts, entropy of their shares by its greatest
     value: 1 all alike, 0 one expert for all; nan in a block that no token reached."""
-    load_LE = np.array(row["expert_load"], dtype=float)
-    terms_LE = load_LE * np.log(load_LE, out=np.zeros_like(load_LE), where=load_LE > 0)
-    entropy_L = -terms_LE.sum(1) / np.log(load_LE.shape[1]) if load_LE.shape[1] > 1 else np.ones(len(load_LE))
-    return np.where(load_LE.sum(1) > 0, entropy_L, np.nan)
+    load_LE = load_of(row)
+    even_L = even_share(load_LE)
+    terms_LE = np.nan_to_num(load_LE) * np.log(load_LE, out=np.zeros_like(load_LE), where=load_LE > 0)
+    greatest_L = -np.log(even_L)
+    entropy_L = np.divide(-terms_LE.sum(1), greatest_L, out=np.ones_like(even_L), where=greatest_L > 0)
+    return np.where(np.nansum(load_LE, 1) > 0, entropy_L, np.nan)

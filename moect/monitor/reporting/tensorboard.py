@@ -44,8 +44,7 @@ def write_scalars(writer, rows: list[Row], step: int) -> None:
             if row.get(key):
                 writer.add_scalar(f"routing/{name}/{key}", sum(row[key]) / len(row[key]), step)
         if row.get("expert_load"):
-            load_LE = row["expert_load"]
-            greatest = max(map(max, load_LE)) * len(load_LE[0])  # 1: every expert got the same
+            greatest = max(max(load_E) * len(load_E) for load_E in row["expert_load"])  # 1: every expert got the same
             writer.add_scalar(f"routing/{name}/greatest_load", greatest, step)
 
 

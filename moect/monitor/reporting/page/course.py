@@ -117,7 +117,7 @@ def facts(run: RunFiles) -> Section:
     if config.method == "moe-ct":
         moe = config.moe
         gate = ", language gate" if moe.language_gate else ""
-        told.append(("module", f"{moe.experts} experts, top {moe.top_k}, fusion {moe.fusion}{gate}"))
+        told.append(("module", f"{moe.experts_told} experts, top {moe.top_k}, fusion {moe.fusion}{gate}"))
     told += [
         ("base", config.model.base or "made from scratch"),
         ("old languages", ", ".join(map(isolated, by_role["old"])) or "none"),

@@ -27,10 +27,10 @@ def routing(m: Measured) -> Section | None:
             plot_load(routed, m.plots / "load.png"),
             f"Load of each expert over all texts, by block. {len(dead)} dead, {len(overloaded)} overloaded.",
             f"Texts weigh by their {unit_of_weight(routed)}{gated_words}. Crosses are dead experts, rings overloaded "
-            "ones. Grey: no token reached the block.",
+            "ones. Grey: no token reached the block, or it has fewer experts.",
         ),
     ]
-    if len(routed[0]["expert_load"][0]) > 1:
+    if max(map(len, routed[0]["expert_load"])) > 1:
         blocks.append(
             Picture(
                 plot_specialists(routed, m.labels, m.plots / "specialists.png"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moect.monitor.reporting.experts import blocks_of, load_entropy, mean_load, odd_experts
+from moect.monitor.reporting.experts import blocks_of, even_share, load_entropy, load_of, mean_load, odd_experts
 from moect.monitor.reporting.pictures.drawing import WIDTH, by_step, drawing, name_ends, name_heights, save
 from moect.monitor.reporting.pictures.labels import Labels
 from moect.monitor.rows import Row
@@ -29,7 +29,7 @@ def plot_load(rows: list[Row], path: Path) -> Path:
     load_LE, blocks = mean_load(rows), blocks_of(rows)
     dead, overloaded = odd_experts(rows)
     L, E = load_LE.shape
-    ratio_LE = np.where(load_LE.sum(1, keepdims=True) > 0, load_LE * E, np.nan)
+    ratio_LE = np.where(np.nansum(load_LE, 1, keepdims=True) > 0, load_LE / even_share(load_LE)[:, None], np.nan)
     with drawing() as plt:
         figure, axes = plt.subplots(figsize=(WIDTH, 1.2 + 0.16 * L), layout="constrained")
         image = _loads(axes, ratio_LE)
@@ -53,7 +53,7 @@ def plot_specialists(rows: list[Row], labels: Labels, path: Path) -> Path:
         rows: of one step, with expert load.
         labels, path: as in the other plots.
     """
-    load_TLE, blocks = np.array([row["expert_load"] for row in rows], dtype=float), blocks_of(rows)
+    load_TLE, blocks = np.array([load_of(row) for row in rows]), blocks_of(rows)
     _, L, E = load_TLE.shape
     chosen = sorted({0, L // 2, L - 1})
     side_by_side = E <= 10
@@ -63,7 +63,8 @@ def plot_specialists(rows: list[Row], labels: Labels, path: Path) -> Path:
         figure, grid = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False, sharey=True)
         for axes, layer in zip(grid.flat, chosen, strict=True):
             here_TE = load_TLE[:, layer]
-            ratio_TE = np.where(here_TE.sum(1, keepdims=True) > 0, here_TE * E, np.nan)
+            ratio_TE = here_TE / even_share(here_TE)[:, None]
+            ratio_TE = np.where(np.nansum(here_TE, 1, keepdims=True) > 0, ratio_TE, np.nan)
             image = _loads(axes, ratio_TE)
             axes.set(title=f"Block {blocks[layer]}", xlabel="expert")
             _ticks(axes, "x", [str(e) for e in range(E)])
@@ -118,7 +119,7 @@ def plot_open(rows: list[Row], labels: Labels, path: Path) -> Path:
 def _by_block(row: Row, what: str) -> np.ndarray:
     """Values by block; nan where no token of the text reached the block."""
     values_L = load_entropy(row) if what == "load_entropy" else np.array(row[what], dtype=float)
-    return np.where(np.sum(row["expert_load"], axis=1) > 0, values_L, np.nan)
+    return np.where(np.nansum(load_of(row), 1) > 0, values_L, np.nan)
 
 
 def _image(axes, values, colours: str, **scale):
