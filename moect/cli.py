@@ -337,7 +337,9 @@ def _parser() -> argparse.ArgumentParser:
     instead.add_argument(
         "--results", type=Path, metavar="OUT.json", help="only write what has ended, beside what is there of the study"
     )
-    instead.add_argument("--page", type=Path, metavar="PAGE.md", help="only make the tables of a page from PAGE.json")
+    instead.add_argument(
+        "--page", type=Path, metavar="PAGE.md", help="only make the tables of a page, from PAGE.json or --known"
+    )
 
     made = command(compare)
     made.add_argument("run_folders", type=Path, nargs="+", metavar="RUN", help="folders of runs on one base")

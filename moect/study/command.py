@@ -28,7 +28,7 @@ def run(
         listing: only say what can be run now.
         known: results whose runs need not be run again.
         results: only write the results there, beside those that are there already of the same runs.
-        page: only fill this page, from the results beside it.
+        page: only fill this page, from the `known` results, or those beside it.
     """
     earlier = [path for path in (results, known) if path and (path == known or path.exists())]
     records = [record for path in earlier for record in read_results(path)["runs"]]
@@ -41,7 +41,7 @@ def run(
         told = f"; left out {lost} that this study does not have, or has with other values" * bool(lost)
         print(f"wrote {results}: {len(found['runs'])} runs{told}")
     elif page:
-        for path in fill_page(page, read_results(page.with_suffix(".json"))):
+        for path in fill_page(page, read_results(known or page.with_suffix(".json"))):
             print(f"wrote {path}")
     elif listing:
         print(*(f"{job.kind:<8} {job.name}" for job in Runner(study, at_once, only).jobs()), sep="\n")

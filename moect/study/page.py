@@ -1,8 +1,8 @@
 """A study's page: Markdown that somebody writes, with tables and pictures that are made from the results.
 
-A table stands between `<!-- study: NAME -->` and `<!-- end -->`, NAME being `methods`, `languages DOMAIN`, `variants`,
-`lifelong DOMAIN`, `lengths METHOD` or `rates`; what was there is replaced. Pictures are written beside the page, as
-NAME.png: `pareto` and `curves`.
+A table stands between `<!-- study: NAME -->` and `<!-- end -->`, NAME being `methods`, `summary DOMAIN`, `languages
+DOMAIN`, `variants`, `lifelong DOMAIN`, `lengths METHOD` or `rates`; what was there is replaced. Pictures that the page
+shows, `pareto` and `curves`, are written into the folder of its name, as NAME.png.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ REFERENCE = "full"  # what new languages are compared with
 MARKED = re.compile(r"(<!-- study: (?P<name>[a-z]+)(?: (?P<of>[^ ]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 MADE: dict[str, Callable[[dict, str | None], str]] = {
     "methods": lambda results, of: tables.methods_table(results, REFERENCE),
+    "summary": lambda results, of: tables.summary_table(results, REFERENCE, of),
     "languages": lambda results, of: tables.languages_table(results, of),
     "variants": lambda results, of: tables.variants_table(results),
     "lifelong": lambda results, of: tables.lifelong_table(results, of),
@@ -51,8 +52,9 @@ def fill_page(page: Path, results: dict) -> list[Path]:
 
     filled = MARKED.sub(made, text)
     replace_text(page, filled)
-    folder = page.with_suffix("")
-    return [page, plot_pareto(results, folder / "pareto.png"), plot_curves(results, folder / "curves.png")]
+    folder, pictures = page.with_suffix(""), {"pareto": plot_pareto, "curves": plot_curves}
+    shown = {name: plot for name, plot in pictures.items() if f"({folder.name}/{name}.png)" in text}
+    return [page, *(plot(results, folder / f"{name}.png") for name, plot in shown.items())]
 
 
 def plot_pareto(results: dict, path: Path) -> Path:

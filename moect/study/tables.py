@@ -54,6 +54,30 @@ def methods_table(results: dict, against: str) -> str:
     return markdown(heads, lines)
 
 
+def summary_table(results: dict, against: str, domain: str) -> str:
+    """A line a method, in few columns: what the languages gained and lost against the base, and against a method."""
+    groups = _groups(results, "method")
+    references = {run["seed"]: run for run in groups.get(against, [])}  # on the same base
+
+    def worse(run: Run) -> float | None:
+        reference = references.get(run["seed"])
+        return bits(run, "new", domain) / bits(reference, "new", domain) - 1 if reference else None
+
+    heads = ["method", "new languages", f"against {against}", "old languages", "old documents identical", "trained"]
+    lines = [
+        [
+            f"`{name}`",
+            _spread(runs, lambda r: change(r, "new", domain), "{:+.1%}"),
+            "" if name == against else _spread(runs, worse, "{:+.1%}"),
+            _spread(runs, lambda r: change(r, "old", domain), "{:+.2%}"),
+            _spread(runs, identical, "{:.1%}"),
+            _millions(runs[0]["trainable"]),
+        ]
+        for name, runs in groups.items()
+    ]
+    return markdown(heads, lines)
+
+
 def languages_table(results: dict, domain: str) -> str:
     """Bits per byte of each language, a line a method.
 
