@@ -27,8 +27,6 @@ PREFIX = "moect|"
 _LISTENS = ContextVar("moect_listens", default=False)  # of this thread's pass
 IN_FP32 = ("eager", "sdpa")  # kernels that take it; a mean that others have rounded is multiplied by n all the same
 ENOUGH = 256  # tokens; after so many, the mean counts as that of so many
-# by which sums are divided: undivided their gradients are hundreds, and by ENOUGH the weights, which no step moves then
-UNIT = 16
 
 
 class Listening:
@@ -80,7 +78,9 @@ def listening(do: bool = True) -> Iterator[None]:
 
 @torch.no_grad()
 def context_of(record: ForwardRecord, position_ids_BS: Tensor) -> Tensor:
-    """The values of the tokens seen, added up, and their number n: (Σ v, n) / UNIT.
+    """The values of the tokens seen, added up, and their number n: (Σ v, n).
+
+    Not divided by anything, though they are large: then the weights on them are small, and learn at the pace of others.
 
     Args:
         record: that an attention module was given which listens.
@@ -92,7 +92,7 @@ def context_of(record: ForwardRecord, position_ids_BS: Tensor) -> Tensor:
     """
     mean_BSC, record.heard_BSHd = record.heard_BSHd.flatten(2).float(), None
     mean_BSC = nn.functional.pad(mean_BSC, (0, 1), value=1.0)
-    return mean_BSC * ((position_ids_BS + 1).clamp(1, ENOUGH)[..., None] / UNIT)
+    return mean_BSC * ((position_ids_BS + 1).clamp(1, ENOUGH)[..., None])
 
 
 def context_width(base_config) -> int:
