@@ -26,7 +26,7 @@ def context(model, ids, **told):
 
 
 def written_down(model, ids, window=None):
-    """By its definition, in fp64: the mean of the values seen times their number, and the number."""
+    """By its definition, in fp64: the mean of the values seen times their number, and the number, by ENOUGH."""
     block = model.model.layers[modules_of(model)[0].index].double()
     model.model.embed_tokens.double()
     with torch.no_grad():
@@ -37,7 +37,7 @@ def written_down(model, ids, window=None):
             first = 0 if window is None else max(0, t + 1 - window)
             mean = values[:, first : t + 1].mean(1).repeat_interleave(block.self_attn.num_key_value_groups, 1)
             seen = torch.cat([mean.flatten(1), torch.ones(len(ids), 1)], 1)
-            result.append(seen * min(t + 1, ENOUGH))
+            result.append(seen * min(t + 1, ENOUGH) / ENOUGH)
     return torch.stack(result, 1)
 
 
@@ -49,7 +49,7 @@ def test_the_context_is_the_sum_of_the_values_seen(family, kernel):
     model.set_attn_implementation(kernel)
     ids = tokens(2, 9)
     got = context(model, ids).double()
-    assert (got - written_down(model, ids, window)).abs().max() < 1e-5
+    assert (got - written_down(model, ids, window)).abs().max() < 1e-6
 
 
 def test_packed_and_padded_texts_see_only_themselves():

@@ -10,6 +10,7 @@ from tiny import FAMILIES, tiny_model
 
 from moect.errors import UnsupportedModelError
 from moect.model import ForwardRecord, append_moe, modules_of
+from moect.model.even_attention import ENOUGH
 from moect.model.language_gate import LIMIT, EvidenceGate
 from moect.train.gate_start import MOST, SMOOTHING, as_gate, evidence_of, fit, start_gate, values_of
 
@@ -157,7 +158,7 @@ def test_every_head_of_a_group_hears_the_same(corpora):
     gate.evidence.weight.data.copy_(weight_C[None])
     gate.evidence.bias.data.fill_(bias)
     values = torch.randn(16)
-    context_C = torch.cat([values.view(2, 1, 8).expand(2, 2, 8).flatten(), torch.ones(1)])
+    context_C = torch.cat([values.view(2, 1, 8).expand(2, 2, 8).flatten(), torch.ones(1)]) / ENOUGH
     expected = values.double() @ map_K1[:-1] + 16 - (map_K1[:-1].sum() + 16)
     expected = LIMIT * torch.tanh(expected / LIMIT)
     assert gate(None, context_C[None]).item() == pytest.approx(expected.item(), rel=1e-4)

@@ -28,7 +28,7 @@ def gated():
     with torch.no_grad():
         for moe in modules_of(model):
             moe.experts.down_proj.normal_(std=0.3)
-        modules_of(model)[0].language_gate.evidence.weight.normal_(std=0.2)
+        modules_of(model)[0].language_gate.evidence.weight.normal_(std=50.0)
     return model.eval()
 
 

@@ -53,7 +53,7 @@ def test_trainer_computes_what_a_plain_loop_written_from_the_formulas_computes(p
     module = tensors(run, 5, "module")
     assert module.keys() == {f"module:{name}" for name in trained}
     for name, tensor in trained.items():
-        # the weights of a gate that adds up are tens, whose last bits are larger
+        # the weights of a gate that adds up are hundreds, whose last bit is 3e-5
         assert (module[f"module:{name}"] - tensor).abs().max() < 1e-5 * max(1, tensor.abs().max() / 10), name
 
 

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moect.model import ForwardRecord, modules_of
+from moect.model.even_attention import ENOUGH
 from moect.model.language_gate import LIMIT
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
@@ -53,6 +54,9 @@ def disturb(model, scale: float = 0.1, seed: int = 1) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+        for name, parameter in model.named_parameters():
+            if name.endswith("language_gate.evidence.weight"):  # its inputs are sums of few tokens, by ENOUGH
+                parameter.mul_(ENOUGH)
 
 
 @torch.no_grad()

@@ -78,9 +78,7 @@ def listening(do: bool = True) -> Iterator[None]:
 
 @torch.no_grad()
 def context_of(record: ForwardRecord, position_ids_BS: Tensor) -> Tensor:
-    """The values of the tokens seen, added up, and their number n: (Σ v, n).
-
-    Not divided by anything, though they are large: then the weights on them are small, and learn at the pace of others.
+    """The values of the tokens seen, added up, and their number n: (Σ v, n) / ENOUGH.
 
     Args:
         record: that an attention module was given which listens.
@@ -92,7 +90,7 @@ def context_of(record: ForwardRecord, position_ids_BS: Tensor) -> Tensor:
     """
     mean_BSC, record.heard_BSHd = record.heard_BSHd.flatten(2).float(), None
     mean_BSC = nn.functional.pad(mean_BSC, (0, 1), value=1.0)
-    return mean_BSC * ((position_ids_BS + 1).clamp(1, ENOUGH)[..., None])
+    return mean_BSC * ((position_ids_BS + 1).clamp(1, ENOUGH)[..., None] / ENOUGH)
 
 
 def context_width(base_config) -> int:

@@ -37,7 +37,7 @@ class EvidenceGate(nn.Module):
     def reset(self, generator: torch.Generator) -> None:
         """A small map without bias, so q starts near 1/2."""
         weight = self.evidence.weight
-        weight.copy_(torch.randn(weight.shape, generator=generator) * 0.001)  # of sums
+        weight.copy_(torch.randn(weight.shape, generator=generator) * 0.02)
         self.evidence.bias.zero_()
 
     def forward(self, u_TD: Tensor, context_TC: Tensor) -> Tensor:

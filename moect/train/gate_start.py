@@ -23,6 +23,7 @@ from moect.config import RunConfig
 from moect.data.tokens.store import TokenStore
 from moect.data.tokens.unseen import counts_by_language
 from moect.model.append import modules_of
+from moect.model.even_attention import ENOUGH
 from moect.model.families import blocks_of
 from moect.model.partition import writing
 
@@ -129,7 +130,7 @@ def as_gate(map_K1: Tensor, bos_K: Tensor | None, attention: nn.Module) -> tuple
     begins every text, speaks for nothing."""
     heads = map_K1[:-1].view(-1, 1, attention.head_dim)
     group = attention.num_key_value_groups
-    weight_C = torch.cat([(heads / group).expand(-1, group, -1).flatten(), map_K1[-1:]])
+    weight_C = torch.cat([(heads / group).expand(-1, group, -1).flatten(), map_K1[-1:]]) * ENOUGH
     bias = 0.0 if bos_K is None else -(bos_K.double() @ map_K1[:-1] + map_K1[-1]).item()
     return weight_C, bias
 
