@@ -13,6 +13,11 @@ from moect.monitor_config import check_monitor
 if TYPE_CHECKING:
     from moect.config import RunConfig
 
+NEVER_LEARNT = (
+    "`data.languages` has a `learnt` language, and no earlier run learned it: give that run as `model.start`, or the "
+    "role `old` if the base knows it"
+)
+
 
 def check(config: RunConfig) -> None:
     """Raise for what the fields together cannot mean.
@@ -113,11 +118,8 @@ def check(config: RunConfig) -> None:
     check_gate(config.gate, data, config.calibrates)
     check_health(config.health)
     roles = {data.languages[source.lang] for source in data.train}
-    if "learnt" in data.languages.values() and not model.start:
-        raise ValueError(
-            "`data.languages` has a `learnt` language, and no earlier run learned it: give that run as `model.start`, "
-            "or the role `old` if the base knows it"
-        )
+    if "learnt" in data.languages.values() and not model.start and config.resume == "never":
+        raise ValueError(NEVER_LEARNT)  # a run that goes on may have lost sight of its start
     if config.method == "moe-ct":
         _check_routed(config, roles)
     if config.loss.base_kl:

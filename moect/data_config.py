@@ -149,7 +149,7 @@ def check_data(data: DataConfig) -> None:
             _check_source(source, f"`data.{section}[{i}]`", data.languages)
     roles = {data.languages[source.lang] for source in data.train}
     if data.replay and not roles & set(KEPT):
-        raise ValueError("`data.replay` is set but no corpus in `data.train` is of an old language")
+        raise ValueError("`data.replay` is set but no corpus in `data.train` is of an old or learnt language")
     if data.replay == 1.0 and "new" in roles:
         raise ValueError("`data.replay` is 1: corpora of new languages would never be read")
 

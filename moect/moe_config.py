@@ -30,8 +30,8 @@ class MoeConfig:
     )
     experts: int | list[int] = option(
         4,
-        "experts per block, E, or a list with that of each chosen block (`moect probe` proposes one); with `fusion: "
-        "routed` the frozen FFN is one of them",
+        "experts per block, E, or a list with that of each block that `layers` names, in its order (`moect probe` "
+        "proposes one); with `fusion: routed` the frozen FFN is one of them",
     )
     top_k: int = option(2, "experts per token, K")
     width: int | None = option(None, "width of an expert, F; null: the width of the base's FFN")
@@ -140,7 +140,8 @@ class MoeConfig:
                 f"moe.experts has {len(counts)} numbers, and moe.layers chooses {len(indices)} of the base's "
                 f"{num_layers} blocks: give one for each of these"
             )
-        return dict(zip(indices, counts, strict=True))
+        named = self.layers if isinstance(self.layers, list) else indices  # a list may name them in any order
+        return dict(sorted(zip(named, counts, strict=True)))
 
     def layer_indices(self, num_layers: int) -> list[int]:
         """The chosen blocks, ascending.

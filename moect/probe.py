@@ -27,7 +27,7 @@ from moect.config import RunConfig, load_config
 from moect.data.tokens.store import TokenStore, build_store
 from moect.data.vocabulary.tokenizer import load_tokenizer
 from moect.errors import ConfigError
-from moect.model.build import base_fingerprint, load_base
+from moect.model.build import DTYPES, base_fingerprint, load_base, load_base_config
 from moect.model.families import blocks_of, check_config
 from moect.progress import Progress
 from moect.tables import aligned
@@ -67,12 +67,16 @@ def probe(config: RunConfig, experts: int | None = None, moved: Path | None = No
     Raises:
         ConfigError: a base or text is not there, there is but one language, or the run is another than it should be.
     """
+    if len({source.lang for source in config.data.train}) < 2:
+        raise ConfigError("data.train has one language, and blocks are compared by how alike several are in them")
+    try:
+        layers = config.moe.layer_indices(load_base_config(config.model).num_hidden_layers)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     tokenizer = load_tokenizer(config.model)
     cache = Path(config.output) / ".cache"
     stores = [build_store(source, config.data, tokenizer, cache) for source in config.data.train]
     languages = list(dict.fromkeys(store.lang for store in stores))
-    if len(languages) < 2:
-        raise ConfigError("data.train has one language, and blocks are compared by how alike several are in them")
     model = load_base(config.model, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     check_config(model.config)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -84,16 +88,16 @@ def probe(config: RunConfig, experts: int | None = None, moved: Path | None = No
         progress.add(1)
     progress.end()
     similarity_L = similarity(torch.stack(inputs_GLD))
-    layers = config.moe.layer_indices(len(similarity_L))
     moved_L = None
     if moved is not None:
-        moved_L = movement(model, moved, base_fingerprint(config.model, config.seed))
+        moved_L = movement(config, moved)
         layers = most_moved(moved_L)
     if experts is None:
         given = config.moe.experts
         experts = round(sum(given) / len(given)) if isinstance(given, list) else given
     total = experts * len(layers)
-    counts = allocate([similarity_L[i] for i in layers], total, least=max(config.moe.top_k, 1))
+    least = max(config.moe.top_k, 1 + config.moe.frozen_experts, 3 * (config.loss.balance_over == "trained"))
+    counts = allocate([similarity_L[i] for i in layers], total, least)
     return Probe(languages, similarity_L, moved_L, layers, counts)
 
 
@@ -155,13 +159,12 @@ def allocate(similarity_L: list[float], total: int, least: int = 1) -> list[int]
     return [max(least, math.ceil(round(total * i / sum(inverse_L), 9))) for i in inverse_L]
 
 
-def movement(model: nn.Module, run: Path, fingerprint: str) -> list[float]:
+def movement(config: RunConfig, run: Path) -> list[float]:
     """How far the FFN of each block has moved in a run that trained everything, as a share of its norm.
 
     Args:
-        model: the base.
+        config: names the base.
         run: the run's folder.
-        fingerprint: of the base.
 
     Raises:
         ConfigError: it has no checkpoint, another method or another base.
@@ -169,10 +172,12 @@ def movement(model: nn.Module, run: Path, fingerprint: str) -> list[float]:
     paths = list_checkpoints(Path(run) / "checkpoints")
     if not paths:
         raise ConfigError(f"{run}: has no checkpoint; train a few steps with method=full first")
-    if (method := load_config(Path(run) / "config.yaml").method) != "full":
-        raise ConfigError(f"{run}: was made with method: {method}, and only with `full` do FFNs move")
-    if read_info(paths[0])["base_fingerprint"] != fingerprint:
+    made = load_config(Path(run) / "config.yaml")
+    if made.method != "full":
+        raise ConfigError(f"{run}: was made with method: {made.method}, and only with `full` do FFNs move")
+    if read_info(paths[0])["base_fingerprint"] != base_fingerprint(config.model, config.seed):
         raise ConfigError(f"{run}: was made with another base; take one on the base of this configuration")
+    model = load_base(config.model, DTYPES[made.train.precision])  # what it rounded when it began has not moved
     trained = read_module(paths[0])
     shares = []
     for index, block in enumerate(blocks_of(model)):

@@ -134,6 +134,8 @@ def _forgetting(rows: list[dict]) -> str:
             f"| {row['lang']} | {row['role']} | {text} | {row['base_bits_per_byte']:.4f} | {row['bits_per_byte']:.4f} "
             f"| {row['delta']:+.4f} | {share} | {row['bytes']:,} |"
         )
+    if any(row["role"] == "learnt" for row in rows):
+        lines += ["", "Of a learnt language `base` is the model with what an earlier run had taught it."]
     return "\n".join(lines)
 
 

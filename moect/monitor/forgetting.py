@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -31,10 +32,13 @@ from moect.monitor.measuring.measures import gain, retention
 from moect.monitor.measuring.routing import Routing, RoutingMeter
 from moect.monitor.measuring.samples import make_prompts, write_on
 from moect.monitor.measuring.score import Sums, add_up
+from moect.monitor.measuring.start_results import FILE as START
 from moect.monitor.measuring.start_results import read_start, write_start
 from moect.monitor.measuring.windows import TokenisedDocument, tokenise
 from moect.monitor.rows import GATE, SAMPLES, TASKS, Row, add_rows, read_rows, replace_rows
 from moect.monitor.tasks.tasks import TaskResult, Tasks, task_rows
+
+log = logging.getLogger("moect.monitor")
 
 NOTHING = TokenisedDocument(ids=[], first=0, last=0, n_bytes=0)  # has no windows
 
@@ -108,6 +112,7 @@ class ForgettingMonitor:
             self._base_files += (Path(cache_folder) / "base-results" / f"{self.key}.json",)
         self.base: BaseResults | None = None
         self._start: dict[str, Measurement] | None = None
+        self._told: set[str] = set()
 
     def has_base(self) -> bool:
         """Whether the base was measured, now or in an earlier run, under the same conditions."""
@@ -300,8 +305,18 @@ class ForgettingMonitor:
             return text.role, base
         if self._start is None:
             self._start = on_main(partial(read_start, self.folder))
-        start = self._start.get(self.row_keys[index])
-        return ("learnt", start) if start else ("new", base)
+        if start := self._start.get(self.row_keys[index]):
+            return "learnt", start
+        name = f"{text.lang} {text.domain}"
+        if self.rank == 0 and name not in self._told:
+            self._told.add(name)
+            log.warning(
+                "%s: its beginning is not known (%s), so it is told as a new language, against the base; no limit of "
+                "monitor.max_forgetting holds for it",
+                name,
+                self.folder / START,
+            )
+        return "new", base
 
     def _keep_start(self, measured: list[Measurement]) -> None:
         of_texts = zip(self.texts, self.row_keys, measured, strict=True)

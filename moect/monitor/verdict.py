@@ -82,7 +82,10 @@ def verdicts(rows: list[Row], config: RunConfig) -> list[Verdict]:
     for row in rows:
         if (row["lang"], row["domain"]) in wanted:
             by_step[row["step"]].append(row)
-    keys = {step: {(r["lang"], r["domain"]): r.get("key") for r in of_step} for step, of_step in by_step.items()}
+    keys = {
+        step: {(r["lang"], r["domain"]): (r.get("key"), r["role"]) for r in of_step}
+        for step, of_step in by_step.items()
+    }
     complete = [step for step in sorted(by_step) if keys[step].keys() == wanted]
     return [judge(by_step[step], config) for step in complete if keys[step] == keys[complete[-1]]]
 

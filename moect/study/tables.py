@@ -56,6 +56,7 @@ def methods_table(results: dict, against: str) -> str:
 
 def summary_table(results: dict, against: str, domain: str) -> str:
     """A line a method, in few columns: what the languages gained and lost against the base, and against a method."""
+    _check_domain(results, domain)
     groups = _groups(results, "method")
     references = {run["seed"]: run for run in groups.get(against, [])}  # on the same base
 
@@ -85,8 +86,7 @@ def languages_table(results: dict, domain: str) -> str:
         DataError: no text is of this domain.
     """
     groups = _groups(results, "method")
-    if domain not in domains(results):
-        raise DataError(f"no text of the study has the domain {domain!r}; there are {', '.join(domains(results))}")
+    _check_domain(results, domain)
     languages = [t["lang"] for t in _measured(results)[0]["texts"] if t["domain"] == domain]
     of_seeds = list({run["seed"]: run for run in reversed(_measured(results))}.values())  # one of each base
 
@@ -150,6 +150,8 @@ def lifelong_table(results: dict, domain: str) -> str:
     """
     about, methods = results["about"], _groups(results, "method")
     runs = [run for run in _measured(results) if any(t["role"] == "learnt" for t in run["texts"])]
+    if runs:
+        _check_domain(results, domain)
     texts = runs[0]["texts"] if runs else []
     languages = [t["lang"] for t in texts if t["role"] != "old" and t["domain"] == domain]
 
@@ -199,7 +201,8 @@ def bits(run: Run, role: str, domain: str) -> float | None:
 
 def change(run: Run, role: str, domain: str) -> float | None:
     """The mean change against the base, a share."""
-    found = [t["bits_per_byte"] / t["base_bits_per_byte"] - 1 for t in _texts(run, role, domain)]
+    texts = [t for t in _texts(run, role, domain) if t["role"] != "learnt"]  # whose reference is no base
+    found = [t["bits_per_byte"] / t["base_bits_per_byte"] - 1 for t in texts]
     return mean(found) if found else None
 
 
@@ -208,6 +211,11 @@ def identical(run: Run) -> float | None:
     found = [t["exact"] for t in run["texts"] if t["role"] == "old" and "exact" in t]
     total = sum(e["documents"] for e in found)
     return sum(e["identical_documents"] for e in found) / total if total else None
+
+
+def _check_domain(results: dict, domain: str | None) -> None:
+    if domain not in domains(results):
+        raise DataError(f"no text of the study has the domain {domain!r}; there are {', '.join(domains(results))}")
 
 
 def markdown(heads: list[str], lines: list[list[str]]) -> str:

@@ -100,7 +100,7 @@ class StockMixture(Target):
         if moe is None:
             return "nothing was appended"
         if isinstance(moe.experts, list):
-            return "its blocks have as many experts each, and those of moe.experts differ"
+            return "its blocks have one number of experts, and moe.experts is a list"
         if moe.language_gate:
             return "it has no gate that skips the experts (moe.language_gate)"
         if reason := self.fusion_reason(moe.fusion):

@@ -156,12 +156,12 @@ def _difference(first: RunSummary, run: RunSummary, key: Key) -> str | None:
     one, other = first.rows[key], run.rows[key]
     if one["role"] != other["role"]:
         return f"{one['role']} in {first.name}, {other['role']} in {run.name}"
-    if one["role"] == "learnt" and one["base_bits_per_byte"] != other["base_bits_per_byte"]:
-        return f"{first.name} and {run.name} began from other states of what had been learned"
     bases_differ = abs(one["base_bits_per_byte"] - other["base_bits_per_byte"]) > SAME_BASE
     # bytes alone say little: without BOS an added token at the beginning leaves out more of the same text
     if one.get("documents") != other.get("documents") or (bases_differ and one.get("bytes") != other.get("bytes")):
         return f"another text of that name in {run.name}"
+    if bases_differ and one["role"] == "learnt":
+        return f"{first.name} and {run.name} began from other states of what had been learned"
     if bases_differ:
         raise DataError(
             f"{run.folder} and {first.folder}: their bases differ on {key[0]} {key[1]} "

@@ -93,7 +93,7 @@ def measure_mixed(
     if short := [f"{text.lang} ({text.domain})" for text in texts if len(text.documents) < PARTS]:
         log.warning("left out, having fewer than %d documents: %s", PARTS, ", ".join(short))
         texts = [text for text in texts if len(text.documents) >= PARTS]
-    pairs = [(a, b) for a in texts for b in texts if (a.role, b.role, a.domain) == ("old", "new", b.domain)]
+    pairs = [(a, b) for a in texts for b in texts if a.role == "old" != b.role and a.domain == b.domain]
     if not pairs:
         raise ConfigError(
             f"data.evaluation has no domain with an old and a new language, {PARTS} documents each; add them"

@@ -27,7 +27,7 @@ def read_start(folder: Path) -> dict[str, Measurement]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        log.warning("%s: cannot be read (%s); learnt languages are told as new ones", path, error)
+        log.warning("%s: cannot be read: %s", path, error)
         return {}
 
 

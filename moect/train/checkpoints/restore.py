@@ -13,9 +13,10 @@ from torch import Tensor
 
 from moect import distributed
 from moect.config import RunConfig
+from moect.config_check import NEVER_LEARNT
 from moect.data.batches.loader import Loader
 from moect.data.vocabulary.extended_tokenizer import Extension
-from moect.errors import CheckpointError
+from moect.errors import CheckpointError, ConfigError
 from moect.model.partition import full_shape
 from moect.train import state
 from moect.train.checkpoints import reading
@@ -68,6 +69,8 @@ def find_origin(config: RunConfig, fingerprint: str, extension: Extension | None
             return _go_on(find_sound(config.folder), config, fingerprint, extension, loader)
     if config.model.start:
         return _begin_with(find_sound(Path(config.model.start)), config, fingerprint, extension, loader)
+    if "learnt" in config.data.languages.values():
+        raise ConfigError(NEVER_LEARNT)
     return Origin()
 
 
