@@ -26,7 +26,6 @@ VARIANTS = {
     "routed": {"fusion": "routed"},
     "add": {"fusion": "add"},
     "add-sigmoid": {"fusion": "add", "router": "sigmoid", "renormalise": False, "balance": "bias"},
-    "uneven": {"fusion": "add", "experts": [2, 5, 3], "balance": "bias"},
     "language-gate": {"fusion": "add", "language_gate": True, "width": 24},
 }
 
