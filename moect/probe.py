@@ -73,6 +73,7 @@ def probe(config: RunConfig, experts: int | None = None, moved: Path | None = No
         layers = config.moe.layer_indices(load_base_config(config.model).num_hidden_layers)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    moved_L = None if moved is None else movement(config, moved)
     tokenizer = load_tokenizer(config.model)
     cache = Path(config.output) / ".cache"
     stores = [build_store(source, config.data, tokenizer, cache) for source in config.data.train]
@@ -88,9 +89,7 @@ def probe(config: RunConfig, experts: int | None = None, moved: Path | None = No
         progress.add(1)
     progress.end()
     similarity_L = similarity(torch.stack(inputs_GLD))
-    moved_L = None
-    if moved is not None:
-        moved_L = movement(config, moved)
+    if moved_L:
         layers = most_moved(moved_L)
     if experts is None:
         given = config.moe.experts
@@ -120,12 +119,12 @@ def documents(stores: list[TokenStore], length: int) -> Iterator[np.ndarray]:
 def mean_inputs(model: nn.Module, texts: Iterator[np.ndarray]) -> Tensor:
     """The mean over all tokens of each block's FFN input, (L, D) fp64 on the CPU."""
     blocks = blocks_of(model)
-    sums_LD = torch.zeros(len(blocks), model.config.hidden_size, dtype=torch.float64)
+    sums_LD = torch.zeros(len(blocks), model.config.hidden_size, dtype=torch.float64, device=model.device)
     tokens = 0
 
     def adding(index: int):
         def add(_, inputs):
-            sums_LD[index] += inputs[0].double().sum((0, 1)).cpu()
+            sums_LD[index] += inputs[0].double().sum((0, 1))
 
         return add
 
@@ -137,7 +136,7 @@ def mean_inputs(model: nn.Module, texts: Iterator[np.ndarray]) -> Tensor:
     finally:
         for hook in hooks:
             hook.remove()
-    return sums_LD / max(tokens, 1)
+    return sums_LD.cpu() / max(tokens, 1)
 
 
 def similarity(inputs_GLD: Tensor) -> list[float]:

@@ -43,9 +43,9 @@ def corpus_shares(
         ConfigError: no corpus is left to draw from.
     """
     data = config.data
-    groups = (
-        ["old" if c.role in KEPT else "new" for c in corpora] if data.replay is not None else ["any"] * len(corpora)
-    )
+    groups = ["any"] * len(corpora)
+    if data.replay is not None:
+        groups = ["old" if corpus.role in KEPT else "new" for corpus in corpora]
     known = {}
     for group in sorted(set(groups)):
         members = [i for i, g in enumerate(groups) if g == group]
