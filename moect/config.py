@@ -294,6 +294,8 @@ def unused_keys(config: RunConfig) -> list[str]:
         idle += [("loss", "gate"), ("moe", "gate_threshold"), ("moe", "gate_sees")]
     if config.has_language_gate and config.moe.gate_sees != "context":
         idle.append(("gate", "begin"))
+    if config.has_language_gate and config.moe.gate_sees == "pairs":  # it counts, and does not train
+        idle.append(("loss", "gate"))
     if not config.has_language_gate:
         idle += [("gate", f.name) for f in dataclasses.fields(GateConfig)] + [("data", "calibration")]
     elif not config.calibrates:

@@ -50,9 +50,10 @@ class MoeConfig:
     language_gate: bool = option(
         False, "one gate value a token, from frozen features, shared by all blocks; needs `fusion: add`"
     )
-    gate_sees: Literal["token", "context"] = option(
+    gate_sees: Literal["token", "context", "pairs"] = option(
         "context",
-        "what the language gate decides by: a token's own features, or what the tokens so far speak for, added up",
+        "what the language gate decides by: a token's own features, or what the tokens so far speak for, added up, as "
+        "far as their features tell it (`context`), or as counted, of pairs too (`pairs`)",
     )
     gate_threshold: float = option(0.5, "at inference a token with a gate value at or below this skips the experts")
     balance: Literal["loss", "bias", "none"] = option(

@@ -15,6 +15,7 @@ from moect.data.batches.loader import Loader
 from moect.data.vocabulary.tokenizer import load_tokenizer
 from moect.model.build import build_model
 from moect.model.record import ForwardRecord
+from moect.train.gate_counts import count_gate
 from moect.train.gate_start import start_gate
 
 
@@ -24,10 +25,12 @@ def train_plainly(config: RunConfig, cache) -> tuple[list[dict], dict[str, torch
     config.train.micro_batch = train.batch_size
     loader = Loader(config, load_tokenizer(config.model), cache)
     model = build_model(config).train()
-    start_gate(model, config, loader.stores, load_tokenizer(config.model), model.config.vocab_size)
+    for begin in (start_gate, count_gate):
+        begin(model, config, loader.stores, load_tokenizer(config.model), model.config.vocab_size)
     base = AutoModelForCausalLM.from_pretrained(config.model.base)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     biases = {name: b for name, b in model.named_buffers() if name.endswith("selection_bias")}
+    counted = {name: b for name, b in model.named_buffers() if name.endswith((".of_token", ".of_pair"))}
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in trained.items()}
     blocks = moe.layer_indices(model.config.num_hidden_layers) if config.method == "moe-ct" else []
     load = {block: torch.full((moe.experts,), 1 / moe.experts) for block in blocks}
@@ -68,7 +71,7 @@ def train_plainly(config: RunConfig, cache) -> tuple[list[dict], dict[str, torch
                     bias_E = biases[f"model.layers.{block}.moe.router.selection_bias"]
                     bias_E += config.loss.bias_rate * torch.sign(counts_E.mean() - counts_E)
         steps.append(figures)
-    return steps, {name: t.detach() for name, t in (trained | biases).items()}
+    return steps, {name: t.detach() for name, t in (trained | biases | counted).items()}
 
 
 def _losses(config, logits_BSV, batch, record, load) -> dict:

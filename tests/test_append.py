@@ -13,6 +13,7 @@ from moect.errors import ConfigError, MoectError, UnsupportedModelError
 from moect.model import ForwardRecord, MoeConfig, append_moe, base_only, module_state, modules_of, remove_moe
 from moect.model.losses import balance_loss, score_sums
 
+COUNTED = ("selection_bias", "of_token", "of_pair")  # tensors of a module that no gradient moves
 VARIANTS = {
     "gate": {"fusion": "gate"},
     "discrete": {"fusion": "discrete"},
@@ -27,6 +28,7 @@ VARIANTS = {
     "add": {"fusion": "add"},
     "add-sigmoid": {"fusion": "add", "router": "sigmoid", "renormalise": False, "balance": "bias"},
     "language-gate": {"fusion": "add", "language_gate": True, "width": 24},
+    "counting-gate": {"fusion": "add", "language_gate": True, "gate_sees": "pairs", "width": 24},
 }
 
 
@@ -73,7 +75,7 @@ def test_training_moves_module_tensors_only(variant):
     train_steps(model, steps=4)
     for name, tensor in base.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
-    still = [n for n, t in module_state(model).items() if torch.equal(t, before[n]) and "selection_bias" not in n]
+    still = [n for n, t in module_state(model).items() if torch.equal(t, before[n]) and not n.endswith(COUNTED)]
     assert still == []
 
 
@@ -185,7 +187,7 @@ def test_discrete_gate_passes_its_gradient_straight_through():
     assert torch.allclose(got, fusion.out_proj.weight.grad, atol=1e-5) and got.abs().max() > 0
 
 
-@pytest.mark.parametrize("variant", ["gate", "add-sigmoid", "language-gate"])
+@pytest.mark.parametrize("variant", ["gate", "add-sigmoid", "language-gate", "counting-gate"])
 def test_activation_checkpointing_changes_neither_loss_nor_gradients(variant):
     config = MoeConfig(**VARIANTS[variant])
     results = []

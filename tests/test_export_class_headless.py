@@ -167,6 +167,15 @@ def test_rows_of_tokens_are_refused_where_an_engine_puts_its_own_head_on_top(tie
             AutoModel.from_config(config)
 
 
+def test_a_gate_that_counts_is_refused_by_an_engine_with_a_cache_of_its_own(tmp_path):
+    folder = exported(extended("qwen3", VARIANTS["counting-gate"]), tmp_path / "export")
+    config = AutoConfig.from_pretrained(folder)
+    for engine in ("vllm", "sglang"):
+        config.get_text_config()._attn_implementation = engine
+        with pytest.raises(UnsupportedModelError, match=f"serving engine \\({engine}\\) shows it the last one only"):
+            AutoModel.from_config(config)
+
+
 def test_the_class_without_head_is_saved_and_loaded_as_itself(tmp_path):
     folder = exported(extended("qwen2", VARIANTS["language-gate"]), tmp_path / "export")
     model = AutoModel.from_pretrained(folder)

@@ -16,6 +16,7 @@ VARIANTS = {
     "gate and balance loss": {"moe": GATE, "loss": WEIGHTS},
     "language gate and balance loss": {"moe": LANGUAGE_GATE, "loss": WEIGHTS},
     "language gate, no old text in some steps": {"moe": LANGUAGE_GATE, "loss": WEIGHTS, "data": {"replay": 0.1}},
+    "counting gate": {"moe": {**LANGUAGE_GATE, "gate_sees": "pairs"}, "loss": WEIGHTS},
     "language gate and the base's predictions": {"moe": LANGUAGE_GATE, "loss": {**WEIGHTS, "base_kl": 0.5}},
     "language gate and selection bias": {"moe": {**LANGUAGE_GATE, "balance": "bias"}, "loss": WEIGHTS},
     "discrete in one block": {"moe": {**GATE, "fusion": "discrete", "layers": [1], "width": 16}, "loss": WEIGHTS},

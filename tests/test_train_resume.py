@@ -20,6 +20,10 @@ LANGUAGE_GATE = {"fusion": "add", "balance": "bias", "language_gate": True, "exp
 VARIANTS = {
     "gate and balance loss": {"moe": {"fusion": "gate", "experts": 4, "top_k": 2}},
     "language gate and selection bias": {"moe": LANGUAGE_GATE, "loss": {"bias_rate": 0.01}},
+    "counting gate, rows of all tokens": {
+        "moe": LANGUAGE_GATE | {"gate_sees": "pairs"},
+        "model": {"train_embeddings": "all"},
+    },
     "full": {"method": "full"},
     "lora": {"method": "lora"},
     "block-expansion": {"method": "block-expansion", "expansion": {"layers": [1]}},

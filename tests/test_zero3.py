@@ -33,6 +33,7 @@ VARIANTS = {
         "train": AGAIN,
         "monitor": {"enabled": True},
     },
+    "counting gate, recomputed": {"moe": {**LANGUAGE_GATE, "gate_sees": "pairs"}, "loss": LOSSES, "train": AGAIN},
     "low rank": {"method": "lora"},
 }
 MORE_VARIANTS = {

@@ -57,6 +57,9 @@ def disturb(model, scale: float = 0.1, seed: int = 1) -> None:
         for name, parameter in model.named_parameters():
             if name.endswith("language_gate.evidence.weight"):  # its inputs are sums of few tokens, by ENOUGH
                 parameter.mul_(ENOUGH)
+        for name, buffer in model.named_buffers():
+            if name.endswith((".of_token", ".of_pair")):  # what a gate counts in text
+                buffer.copy_(4 * torch.randn(buffer.shape, generator=generator))
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ MODULES = (
     "dispatch/registry",
     "moe_config",
     "model/families",
+    "model/counting_gate",
     "model/record",
     "model/embeddings",
     "model/even_attention",

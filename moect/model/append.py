@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moect.dispatch import backends
 from moect.errors import ConfigError, UnsupportedModelError
+from moect.model.counting_gate import Tokens, sums_in
 from moect.model.embeddings import remove_rows, rows_of
 from moect.model.even_attention import context_of, context_width, listen, listening, stop_listening
 from moect.model.families import blocks_of, check_config
@@ -45,6 +46,10 @@ class AppendedBlock:
 
     def forward(self, hidden_states: Tensor, *, moect_record: ForwardRecord, **kwargs) -> Tensor:
         enabled = self.moe is not None and self.moe.enabled
+        if enabled and self.moe.counts:
+            cache, index = kwargs.get("past_key_values"), self.moe.index
+            sums = None if cache is None else sums_in(cache, self.self_attn.config.num_hidden_layers, index)
+            hidden_states = self.moe.decide(hidden_states, moect_record, kwargs["position_ids"], sums)
         normed = self.input_layernorm(hidden_states)
         if enabled and self.moe.listens:
             with listening():
@@ -132,7 +137,8 @@ def append_to_blocks(
         weight = block.mlp.down_proj.weight
         with torch.device("meta"):
             decides, context = index == min(experts), context_width(base_config)
-            moe = MoEFFN(config, experts[index], base_config.hidden_size, ffn_width, index, decides, context)
+            D, V = base_config.hidden_size, base_config.vocab_size
+            moe = MoEFFN(config, experts[index], D, ffn_width, index, decides, context, V)
         moe.to(dtype=weight.dtype).to_empty(device=weight.device)
         _keep_buffers_fp32(moe)
         if weight.device.type != "meta":
@@ -243,11 +249,19 @@ def begin_pass(decoder: nn.Module, input_ids: Tensor | None, kwargs: dict) -> No
         kwargs: of its forward; changed.
 
     Raises:
-        ValueError: the caller's record was used before, or tokens have rows of their own and are not told.
+        ValueError: the caller's record was used before, or the model has to know the tokens and is not told.
     """
     record = kwargs.setdefault(RECORD, ForwardRecord())
     if record.blocks or record.gate_logit_T is not None:
         raise ValueError(f"{RECORD} was used in another forward pass: give each pass a new ForwardRecord()")
+    found = (getattr(block, "moe", None) for block in decoder.layers)  # elsewhere in a pipeline
+    decides = next((moe for moe in found if moe is not None), None)
+    if decides is not None and decides.enabled and decides.counts:
+        if input_ids is None:
+            raise ValueError("the language gate counts tokens, which embeddings do not tell: give input_ids")
+        mask, S = kwargs.get("attention_mask"), input_ids.shape[-1]
+        plain = isinstance(mask, Tensor) and mask.dim() == 2  # what made another form of it has made positions too
+        record.tokens = Tokens(input_ids, mask[:, -S:].bool() if plain else None)
     rows = getattr(decoder.embed_tokens, "rows", None)
     if rows is not None and rows.enabled and rows.late:
         if input_ids is None:

@@ -45,7 +45,7 @@ class MoectPreTrainedModel(PreTrainedModel):
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values", "moect_record"]
-    _keep_in_fp32_modules_strict = ["selection_bias"]
+    _keep_in_fp32_modules_strict = ["selection_bias", "of_token", "of_pair"]
 
     def base_only(self):
         """Context manager: inside, this model is its base, bit for bit."""
@@ -111,11 +111,17 @@ class MoectModel(MoectPreTrainedModel):
     def __new__(cls, config: MoectConfig | None = None, *args, **kwargs):  # without a config when copied
         if config is not None and cls is MoectModel:
             check_config(config.base_config)
-            if config.rows and config._attn_implementation in ENGINES:
+            engine = config._attn_implementation in ENGINES and config._attn_implementation
+            if config.rows and engine:
                 raise UnsupportedModelError(
                     f"{config.rows} tokens of this model have rows of their own, and the head of this serving engine "
-                    f"({config._attn_implementation}) cannot add them: its logits would be wrong; serve the model with "
-                    "transformers"
+                    f"({engine}) cannot add them: its logits would be wrong; serve the model with transformers"
+                )
+            if engine and config.moe["language_gate"] and config.moe["gate_sees"] == "pairs":
+                raise UnsupportedModelError(
+                    "the language gate of this model counts tokens from the beginning of a text, and this serving "
+                    f"engine ({engine}) shows it the last one only; serve the model with transformers, or train it "
+                    "with moe.gate_sees: context"
                 )
             cls = _of_family(MODEL_MAPPING[type(config.base_config)])
         return super().__new__(cls)
@@ -142,10 +148,10 @@ class MoectModel(MoectPreTrainedModel):
         **kwargs,
     ):
         """As the base's own; `moect_record=ForwardRecord()` collects what routers and gates did."""
+        kwargs["attention_mask"] = attention_mask
         begin_pass(self, input_ids, kwargs)
         return super().forward(
             input_ids=input_ids,
-            attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,

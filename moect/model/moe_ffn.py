@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moect.errors import UnsupportedModelError
+from moect.model.counting_gate import CountingGate, Sums
 from moect.model.experts import Experts
 from moect.model.fusion import Fusion
 from moect.model.language_gate import OPEN, EvidenceGate, TokenGate
@@ -36,10 +37,19 @@ class MoEFFN(nn.Module):
         index: the block's index.
         decides: this block computes the language gate's value; the others read it from the record.
         context: C, of the gate's context.
+        vocab: tokens of the base.
     """
 
     def __init__(
-        self, config: MoeConfig, experts: int, width: int, ffn_width: int, index: int, decides: bool, context: int
+        self,
+        config: MoeConfig,
+        experts: int,
+        width: int,
+        ffn_width: int,
+        index: int,
+        decides: bool,
+        context: int,
+        vocab: int,
     ):
         super().__init__()
         self.config = config
@@ -52,7 +62,12 @@ class MoEFFN(nn.Module):
         self.fusion = Fusion(config, width, around=not self.copies)
         self.language_gate = None
         if config.language_gate and decides:
-            self.language_gate = EvidenceGate(context) if config.gate_sees == "context" else TokenGate(width)
+            gates = {
+                "token": lambda: TokenGate(width),
+                "context": lambda: EvidenceGate(context),
+                "pairs": lambda: CountingGate(vocab),
+            }
+            self.language_gate = gates[config.gate_sees]()
 
     @torch.no_grad()
     def reset(self, ffn: nn.Module, generator: torch.Generator) -> None:
@@ -71,6 +86,34 @@ class MoEFFN(nn.Module):
         """Whether the language gate decides here, and wants the context."""
         return self.language_gate is not None and self.config.gate_sees == "context"
 
+    @property
+    def counts(self) -> bool:
+        """Whether the language gate decides here, by tokens alone."""
+        return self.language_gate is not None and self.config.gate_sees == "pairs"
+
+    def decide(self, x_BSD: Tensor, record: ForwardRecord, position_ids: Tensor, sums: Sums | None) -> Tensor:
+        """Let a gate that counts decide before the block has computed anything.
+
+        Args:
+            x_BSD: the block's input.
+            record: of the pass.
+            position_ids: as in `CountingGate`.
+            sums: of the cache, if there is one.
+
+        Returns:
+            x, and where the gate is open the difference of the token's embedding on it: attention hears it too.
+        """
+        if record.gate_logit_T is None:  # set: this is the block's recomputation in backward
+            record.gate_logit_T = _with_told(self.language_gate(record.tokens, position_ids, sums), record)
+        logit_T = record.gate_logit_T.to(x_BSD.device)
+        if self.training:
+            q_BS1 = logit_T.sigmoid().view(*x_BSD.shape[:2], 1)
+            return x_BSD if record.late_BSD is None else x_BSD + q_BS1.to(x_BSD.dtype) * record.late_BSD
+        self._open(logit_T, record)
+        if record.late_BSD is None or not len(record.open_token):
+            return x_BSD
+        return torch.where(record.open_T.view(*x_BSD.shape[:2], 1), x_BSD + record.late_BSD, x_BSD)
+
     def forward(self, r_BSD: Tensor, u_BSD: Tensor, f_BSD: Tensor, record: ForwardRecord) -> Tensor:
         """The block's output h' (B, S, D) from residual r, FFN input u and frozen FFN output f."""
         if self.config.language_gate and not self.training:
@@ -79,7 +122,7 @@ class MoEFFN(nn.Module):
         if self.config.language_gate:
             logit_T = self._gate_logit(u_TD, record)
             e_TD = self._mixture(u_TD, record)
-            if self.language_gate is not None and record.late_BSD is not None:
+            if self._late(record):
                 e_TD = e_TD + record.late_BSD.to(e_TD.device).flatten(0, 1)
             h_TD = r_TD + (f_TD + logit_T.sigmoid()[:, None].to(e_TD.dtype) * e_TD)
         else:
@@ -90,9 +133,8 @@ class MoEFFN(nn.Module):
 
     def _with_open_tokens(self, r_BSD: Tensor, u_BSD: Tensor, f_BSD: Tensor, record: ForwardRecord) -> Tensor:
         """With the hard gate: r + f, and e where it is open. A pass without open tokens costs a block nothing more."""
-        if self.language_gate is not None:
-            record.open_T = self._gate_logit(u_BSD.flatten(0, 1), record) > self.config.threshold_logit
-            record.open_token = record.open_T.nonzero()[:, 0]  # on a GPU the host waits here, once a pass
+        if self.language_gate is not None and record.open_T is None:
+            self._open(self._gate_logit(u_BSD.flatten(0, 1), record), record)
         if record.open_token is None:
             raise UnsupportedModelError(
                 f"block {self.index} needs the language gate's value, and the block that decides it did not run here: "
@@ -102,9 +144,17 @@ class MoEFFN(nn.Module):
             return r_BSD + f_BSD
         open_T, token = (t.to(u_BSD.device) for t in (record.open_T, record.open_token))
         e_OD = self._mixture(u_BSD.flatten(0, 1)[token], record, open_T)
-        if self.language_gate is not None and record.late_BSD is not None:
+        if self._late(record):
             e_OD = e_OD + record.late_BSD.to(e_OD.device).flatten(0, 1)[token]
         return r_BSD + f_BSD.flatten(0, 1).index_add(0, token, e_OD).view_as(f_BSD)
+
+    def _open(self, logit_T: Tensor, record: ForwardRecord) -> None:
+        record.open_T = logit_T > self.config.threshold_logit
+        record.open_token = record.open_T.nonzero()[:, 0]  # on a GPU the host waits here, once a pass
+
+    def _late(self, record: ForwardRecord) -> bool:
+        """Whether differences of embeddings are added beside the experts' output of this block."""
+        return self.language_gate is not None and not self.counts and record.late_BSD is not None
 
     def _mixture(self, u_TD: Tensor, record: ForwardRecord, open_T: Tensor | None = None) -> Tensor:
         return self.experts(u_TD, *self._route(u_TD, record, open_T))
@@ -130,11 +180,14 @@ class MoEFFN(nn.Module):
         return e_TD, weights_TK.masked_fill(trains_TK, 0).sum(-1)
 
     def _gate_logit(self, u_TD: Tensor, record: ForwardRecord) -> Tensor:
-        if self.language_gate is None:
+        if self.language_gate is None or self.counts:
             return record.gate_logit_T.to(u_TD.device)
-        logit_T = self.language_gate(u_TD, record.context_TC)
-        if record.told_T is not None:
-            logit_T = logit_T.masked_fill(record.told_T.to(logit_T.device), OPEN)
+        logit_T = _with_told(self.language_gate(u_TD, record.context_TC), record)
         if record.gate_logit_T is None:
             record.gate_logit_T = logit_T
         return logit_T
+
+
+def _with_told(logit_T: Tensor, record: ForwardRecord) -> Tensor:
+    """The gate's logits, and OPEN at tokens that open it by themselves."""
+    return logit_T if record.told_T is None else logit_T.masked_fill(record.told_T.to(logit_T.device), OPEN)

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from moect.model.counting_gate import Tokens
+
 RECORD = "moect_record"  # keyword under which the record travels through the base's own forward
 
 
@@ -41,6 +43,7 @@ class ForwardRecord:
         gate_logit_T: fp32, the language gate before its sigmoid; with gradient in training. None without a gate.
         open_T: bool, the tokens that a hard gate lets through; None in training, and without a gate.
         open_token: int64, their places in T, decided once so that no block looks for them again; None as open_T is.
+        tokens: of a language gate that counts them.
         late_BSD: differences of the tokens' embeddings, for the block where the gate decides; None where none train.
         told_T: bool, the tokens that open the gate by themselves; None where no token has a row of its own.
         heard_BSHd: what the deciding block's attention read evenly, on its way to `context_TC`.
@@ -51,6 +54,7 @@ class ForwardRecord:
     gate_logit_T: Tensor | None = None
     open_T: Tensor | None = None
     open_token: Tensor | None = None
+    tokens: Tokens | None = None
     late_BSD: Tensor | None = None
     told_T: Tensor | None = None
     heard_BSHd: Tensor | None = None

@@ -11,7 +11,7 @@ V tokens, N some of them, C of the gate's context, K the width of an attention's
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import nullcontext
 
 import numpy as np
@@ -77,27 +77,34 @@ def start_gate(model: nn.Module, config: RunConfig, stores: list[TokenStore], to
         log.info("the language gate begins with the tokens' frequencies: %.0f%% of what they say", 100 * share)
 
 
-def evidence_of(config: RunConfig, stores: list[TokenStore], vocab_size: int, ends: list[int]) -> tuple[Tensor, Tensor]:
+def evidence_of(
+    config: RunConfig, stores: list[TokenStore], vocab_size: int, ends: Collection[int]
+) -> tuple[Tensor, Tensor]:
     """What each token speaks for, in nats, new languages being positive, and how often it occurs: fp64 (V,) each.
 
     Every language counts the same within its role, and the tokens `ends` not at all; other arguments as `start_gate`.
     A language with little text is drawn to the mean of all, so what nothing is known of speaks for nothing.
     """
-    counts = {k: c.astype(np.float64) for k, c in counts_by_language(config.data, stores, vocab_size).items()}
-    for counts_V in counts.values():
-        counts_V[ends] = 0
-    mean_V = np.mean([counts_V / max(counts_V.sum(), 1) for counts_V in counts.values()], 0)
-    drawn = SMOOTHING * vocab_size
     shares = {"new": [], "old": []}
-    for language, counts_V in counts.items():
-        shares["old" if config.data.languages[language] == "old" else "new"].append(
-            (counts_V + drawn * mean_V) / (counts_V.sum() + drawn)
-        )
+    for language, shares_V in shares_of(config, stores, vocab_size, ends).items():
+        shares["old" if config.data.languages[language] == "old" else "new"].append(shares_V)
     new_V, old_V = (np.mean(shares[role], 0) for role in ("new", "old"))
-    occurs_V = mean_V > 0
+    occurs_V = new_V > 0
     evidence_V = np.log(new_V, where=occurs_V, out=np.zeros_like(new_V))
     evidence_V -= np.log(old_V, where=occurs_V, out=np.zeros_like(old_V))
     return torch.from_numpy(evidence_V.clip(-MOST, MOST)), torch.from_numpy((new_V + old_V) / 2 * occurs_V)
+
+
+def shares_of(
+    config: RunConfig, stores: list[TokenStore], vocab_size: int, ends: Collection[int]
+) -> dict[str, np.ndarray]:
+    """How often each language's text has each token, as shares, fp64 (V,); arguments and smoothing as `evidence_of`."""
+    counts = {k: c.astype(np.float64) for k, c in counts_by_language(config.data, stores, vocab_size).items()}
+    for counts_V in counts.values():
+        counts_V[list(ends)] = 0
+    mean_V = np.mean([counts_V / max(counts_V.sum(), 1) for counts_V in counts.values()], 0)
+    drawn = SMOOTHING * vocab_size
+    return {k: (counts_V + drawn * mean_V) / (counts_V.sum() + drawn) for k, counts_V in counts.items()}
 
 
 def fit(values: Iterable[Tensor], evidence_V: Tensor, weight_V: Tensor) -> tuple[Tensor, float]:

@@ -36,6 +36,7 @@ from moect.train.checkpoints.restore import begin_from, find_origin, finish_save
 from moect.train.checkpoints.saver import Saver
 from moect.train.engine import deepspeed_config, make_engine
 from moect.train.folder import RunLog, check_shared, open_folder
+from moect.train.gate_counts import count_gate
 from moect.train.gate_start import start_gate
 from moect.train.health.ranks import check_ranks
 from moect.train.health.rollback import roll_back
@@ -113,8 +114,10 @@ class Run:
             opening = distributed.on_main(lambda: opening_tokens(config, self.loader.stores, vocab_size))
         model = build_model(config, zero3=zero3, rows=rows, extension=self.extension, opening=opening)
         self.experts_from = self.origin.info.get("experts_from")
+        self.vocab_size = vocab_size
         if not (self.origin.checkpoint or self.origin.start):
             start_gate(model, config, self.loader.stores, self.tokenizer, vocab_size)
+            count_gate(model, config, self.loader.stores, self.tokenizer, vocab_size)
         if config.model.experts_from and not self.origin.checkpoint:
             take_experts(model, config)
             self.experts_from = distributed.on_main(lambda: source_digest(config))
@@ -211,6 +214,7 @@ class Run:
         self.log.write(event="start", step=0, plan=self.plan, **({"from": str(start)} if start else {}))
         if start:
             begin_from(start, self.steps)
+            count_gate(self.objective.model, self.config, self.loader.stores, self.tokenizer, self.vocab_size)
             self._say(f"what trains begins as in {start}")
         self._measure()
 

@@ -25,6 +25,8 @@ class Own(Target):
         notes = ["needs moect, or trust_remote_code for the file beside the weights"]
         if subject.rows:
             notes.append("vLLM cannot serve rows of tokens beside the head")
+        elif subject.moe.language_gate and subject.moe.gate_sees == "pairs":
+            notes.append("vLLM cannot serve a language gate that counts tokens")
         elif subject.moe.language_gate:
             notes.append("vLLM serves the language gate without stages of a pipeline")
         return Support(None, True, "; ".join(notes))
