@@ -246,7 +246,7 @@ def test_hard_language_gate_leaves_closed_tokens_to_the_base_bitwise():
     assert record.blocks == {}  # no token, no expert work
 
 
-@pytest.mark.parametrize(("backend", "sees"), [("cpu", "token"), ("cpu", "context"), ("segments", "context")])
+@pytest.mark.parametrize(("backend", "sees"), [("cpu", "token"), ("cpu", "context"), ("cpu", "pairs"), ("segments", "context")])
 def test_a_token_that_the_gate_has_closed_costs_no_expert_operation(backend, sees):
     D, F, E, K = 32, 24, 4, 2
     config = MoeConfig(fusion="add", language_gate=True, gate_sees=sees, width=F, experts=E, top_k=K, dispatch=backend)
@@ -262,7 +262,7 @@ def test_a_token_that_the_gate_has_closed_costs_no_expert_operation(backend, see
     opened, blocks = (record.gate_logit_T > 0).sum().item(), 3
     assert 0 < opened < ids.numel()
     # attention's second call is not counted on CPUs
-    gate = 2 * ids.numel() * (D * D + D if sees == "token" else D + 1)
+    gate = 2 * ids.numel() * {"token": D * D + D, "context": D + 1, "pairs": 0}[sees]
     appended = blocks * opened * 2 * (D * E + K * 3 * D * F)
     assert counted.get_total_flops() == of_base.get_total_flops() + gate + appended
 
