@@ -139,7 +139,7 @@ def check(config: RunConfig) -> None:
                 "`data.replay` above 0"
             )
     if config.has_language_gate:
-        if not config.loss.gate:
+        if not config.loss.gate and config.moe.gate_sees != "pairs":
             raise ValueError("`loss.gate` is 0: the language gate would never learn which language is which")
         if not {"old", "new"} <= roles:
             raise ValueError("`moe.language_gate` learns from both roles: `data.train` needs old and new languages")
@@ -153,6 +153,10 @@ def _check_parts(config: RunConfig) -> None:
         raise ValueError("`train.parts` is empty: nothing would train; name some of what was appended, or use `all`")
     if config.method != "moe-ct":
         raise ValueError(f"`train.parts` is for `method: moe-ct`, and this is `{config.method}`")
+    if "gate" in parts and config.has_language_gate and config.moe.gate_sees == "pairs":
+        raise ValueError(
+            "`train.parts` names `gate`, and one that sees `pairs` counts and does not train: leave it out"
+        )
     if set(parts) <= {"router", "fusion"} and not (config.model.start or config.model.experts_from):
         raise ValueError(
             f"`train.parts: [{', '.join(parts)}]` would train beside experts that never learned anything: give the run "

@@ -246,7 +246,9 @@ def test_hard_language_gate_leaves_closed_tokens_to_the_base_bitwise():
     assert record.blocks == {}  # no token, no expert work
 
 
-@pytest.mark.parametrize(("backend", "sees"), [("cpu", "token"), ("cpu", "context"), ("cpu", "pairs"), ("segments", "context")])
+@pytest.mark.parametrize(
+    ("backend", "sees"), [("cpu", "token"), ("cpu", "context"), ("cpu", "pairs"), ("segments", "context")]
+)
 def test_a_token_that_the_gate_has_closed_costs_no_expert_operation(backend, sees):
     D, F, E, K = 32, 24, 4, 2
     config = MoeConfig(fusion="add", language_gate=True, gate_sees=sees, width=F, experts=E, top_k=K, dispatch=backend)

@@ -9,6 +9,7 @@ import torch
 from tiny import FAMILIES, disturb, logits, tiny_model, tokens
 from transformers import DynamicCache, StaticCache
 
+from moect.errors import UnsupportedModelError
 from moect.model import ForwardRecord, MoeConfig, append_moe, base_only, modules_of
 from moect.model.counting_gate import (
     GRAIN,
@@ -48,9 +49,9 @@ def one_after_another(model, text):
     """The gate's values of one text, from its tables, in Python's own numbers."""
     gate, total, values, before = modules_of(model)[0].language_gate, 0.0, [], None
     for token in text.tolist():
-        e = gate.of_token[token]
+        e = gate.of_token[token].float()
         if before is not None:
-            e = e + gate.of_pair[pair_entry(torch.tensor(before), torch.tensor(token))]
+            e = e + gate.of_pair[pair_entry(torch.tensor(before), torch.tensor(token))].float()
         total = min(max(total + round(e.item() / GRAIN) * GRAIN, LOW), HIGH)
         values.append(total)
         before = token
@@ -170,6 +171,74 @@ def test_tokens_beyond_the_vocabulary_speak_in_pairs_only():
     logit = gate(Tokens(torch.tensor([[5, V + 3, 7]])), torch.arange(3)[None])
     assert logit.tolist() == [2.0, 2.5, 5.0]
     assert gate.evidence(torch.tensor([V]), torch.tensor([NONE])).item() == 0
+
+
+def test_a_token_that_says_nothing_is_silent_in_pairs_too():
+    gate = CountingGate(V)
+    gate.of_token.fill_(2.0)
+    gate.of_token[1] = 0  # begins texts
+    gate.of_pair.fill_(0.5)
+    assert gate(Tokens(torch.tensor([[1, 5, 1, 7, 8]])), torch.arange(5)[None]).tolist() == [0.0, 2.0, 2.0, 4.0, 6.5]
+
+
+def test_padding_inside_a_text_changes_nothing():
+    model, ids = gated(), tokens(1, 10)
+    whole = gate_values(model, ids)
+    gap = torch.cat([ids[:, :5], torch.zeros(1, 2, dtype=torch.int64), ids[:, 5:]], 1)
+    mask = torch.tensor([[1] * 5 + [0] * 2 + [1] * 5])
+    got = gate_values(model, gap, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1))
+    assert torch.equal(got[mask.bool()], whole[0])
+    cache, parts = DynamicCache(config=model.config), []
+    for start, end in ((0, 6), (6, 9), (9, 12)):
+        told = {"attention_mask": mask[:, :end], "past_key_values": cache, "use_cache": True}
+        parts.append(gate_values(model, gap[:, start:end], **told))
+    assert torch.equal(torch.cat(parts, 1)[mask.bool()], whole[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_that_was_converted_adds_up_in_fp32_all_the_same(dtype):
+    model, ids = gated().to(dtype), tokens(2, 30)
+    whole, cache = gate_values(model, ids), DynamicCache(config=model.config)
+    parts = [gate_values(model, part, past_key_values=cache, use_cache=True) for part in ids.split([20, 1, 9], 1)]
+    assert whole.dtype == torch.float32 and torch.equal(torch.cat(parts, 1), whole)
+    assert torch.equal(whole, torch.stack([one_after_another(model, text) for text in ids]))
+
+
+def test_arguments_by_place_of_any_integer_type_and_masks_longer_than_the_text():
+    model, ids = gated(), tokens(2, 10)
+    mask = torch.tensor([[0] * 3 + [1] * 7, [1] * 10])
+    expected = gate_values(model, ids, attention_mask=mask)
+    for call in (
+        lambda r: model.model(ids, mask, use_cache=False, moect_record=r),
+        lambda r: model.model(ids.int(), mask.bool(), use_cache=False, moect_record=r),
+    ):
+        record = ForwardRecord()
+        with torch.no_grad():
+            call(record)
+        assert torch.equal(record.gate_logit_T.view(2, 10), expected)
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    longer = torch.cat([mask, torch.zeros(2, 6, dtype=torch.int64)], 1)
+    told = {"past_key_values": cache, "use_cache": True}
+    first = gate_values(model, ids[:, :6], attention_mask=longer, **told)
+    second = gate_values(model, ids[:, 6:], attention_mask=longer, **told)
+    assert torch.equal(torch.cat([first, second], 1), expected)
+
+
+def test_a_paged_cache_is_refused():
+    model = gated()
+    block = model.model.layers[0]
+    with pytest.raises(UnsupportedModelError, match="paged cache"):
+        block(torch.zeros(1, 2, 32), moect_record=ForwardRecord(), cache=object(), position_ids=torch.arange(2)[None])
+
+
+def test_an_offloaded_cache_still_fetches_its_first_layer():
+    model, ids = gated(), tokens(1, 4)
+    cache = DynamicCache(config=model.config)
+    gate_values(model, ids, past_key_values=cache, use_cache=True)
+    fetched = []
+    cache.layers[0].prefetch = lambda: fetched.append(0)
+    cache.layers[-1].prefetch()
+    assert fetched == [0]
 
 
 def test_a_closed_text_is_the_bases_bit_for_bit_and_an_open_token_has_its_row_from_the_embedding_on():

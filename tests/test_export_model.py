@@ -172,6 +172,20 @@ def test_reloaded_model_trains_its_module_only_and_recomputes_activations(gated)
     assert all(torch.equal(gradients[1][name], grad) for name, grad in gradients[0].items())
 
 
+@pytest.mark.parametrize("more", [5, -3])
+def test_a_model_with_another_vocabulary_is_saved_and_loaded(more, tmp_path):
+    model = reload(exported(extended("qwen3", VARIANTS["counting-gate"]), tmp_path / "export"))
+    V, gate = model.config.vocab_size, modules_of(model)[0].language_gate
+    before = gate.of_token.clone()
+    model.resize_token_embeddings(V + more)
+    model.save_pretrained(tmp_path / "again")
+    again = reload(tmp_path / "again")
+    ids = tokens(2, 9, vocab=V + min(more, 0))
+    assert torch.equal(logits(again, ids), logits(model, ids))
+    table = modules_of(again)[0].language_gate.of_token
+    assert len(table) == V + more and torch.equal(table[:V], before[: V + more]) and not table[V:].any()
+
+
 def test_model_saved_again_by_transformers_is_the_same_model(gated, tmp_path):
     model, folder = gated
     reload(folder).save_pretrained(tmp_path)

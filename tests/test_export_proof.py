@@ -56,6 +56,16 @@ def test_both_ways_of_comparing_find_the_same(name, tmp_path):
     assert whole.routes == by_block.routes > 0
 
 
+@pytest.mark.parametrize("layers", ["all", [1, 2]], ids=str)
+def test_both_ways_show_a_gate_that_counts_the_tokens(layers, tmp_path):
+    moe = {"fusion": "add", "language_gate": True, "gate_sees": "pairs", "layers": layers}
+    model = extended("llama", moe)
+    export_model(model, tmp_path / "export", "moect")
+    whole, by_block = (proof(model, tmp_path / "export", "moect", by_block) for by_block in (False, True))
+    assert whole.difference == by_block.difference == 0.0
+    assert whole.routes == by_block.routes > 0
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_assembled_model_computes_what_the_trained_model_computes(family):
     model = extended(family, GATED if family == "qwen3" else {"fusion": "discrete"})

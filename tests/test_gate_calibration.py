@@ -71,9 +71,12 @@ def test_the_threshold_is_the_lowest_that_keeps_the_promise_for_every_language()
         find_threshold(torch.zeros(20), ["en"] * 20, gate)
 
 
-def test_a_gate_that_is_certain_of_an_old_document_is_closed_all_the_same():
+def test_a_gate_that_is_certain_of_an_old_document_is_closed_all_the_same(caplog):
     gate = GateConfig(max_touched_old_documents=0.5, confidence=0.5)
-    found = find_threshold(torch.tensor([30.0, 30.0, 30.0]), ["en"] * 3, gate)
+    find_threshold(torch.tensor([29.0, 29.0, 29.0]), ["en"] * 3, gate, highest=30.0)
+    assert not caplog.text
+    found = find_threshold(torch.tensor([30.0, 30.0, 30.0]), ["en"] * 3, gate, highest=30.0)
+    assert "with certainty (3 of 3 in 'en') that it stays shut for every text" in caplog.text
     assert found.threshold < 1 and MoeConfig(gate_threshold=found.threshold).threshold_logit > 30
     with pytest.raises(DataError, match="with certainty"):
         find_threshold(torch.tensor([50.0, 50.0, 50.0]), ["en"] * 3, gate)

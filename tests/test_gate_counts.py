@@ -14,7 +14,7 @@ from tiny import tiny_model
 from moect.model import append_moe, modules_of
 from moect.model.counting_gate import PAIRS, pair_entry
 from moect.train import gate_counts
-from moect.train.gate_counts import LEAST, count_gate, pair_evidence, pairs_of
+from moect.train.gate_counts import LEAST, count, count_gate, pairs_of
 from moect.train.gate_start import MOST, SMOOTHING, evidence_of
 
 COUNTS = {"gate_sees": "pairs"}
@@ -31,12 +31,14 @@ def by_hand(text: Store) -> tuple[Counter, Counter]:
 def test_pairs_add_what_two_neighbours_say_beyond_the_second(corpora, inputs, tmp_path):  # noqa: F811
     run = config(inputs, tmp_path, **COUNTS)
     of_token_V, _ = evidence_of(run, corpora, V, [BOS, EOS])
-    of_pair_P, pairs = pair_evidence(run, corpora, V, [BOS, EOS], of_token_V)
+    found = count(run, corpora, V, [BOS, EOS])
+    of_pair_P = found.of_pair_P
+    assert torch.equal(found.of_token_V, of_token_V)
     counted = [by_hand(text) for text in corpora]
     everywhere = Counter()
     for _, of_pairs in counted:
         everywhere += of_pairs
-    assert pairs == sum(times >= LEAST for times in everywhere.values())
+    assert found.pairs == found.seen == sum(times >= LEAST for times in everywhere.values())
     shares = []
     mean = {t: sum(tokens[t] / tokens.total() for tokens, _ in counted) / 2 for t in range(V)}
     for tokens, _ in counted:
@@ -66,16 +68,27 @@ def test_pairs_add_what_two_neighbours_say_beyond_the_second(corpora, inputs, tm
 
 def test_counting_in_pieces_and_of_a_part_only(corpora, inputs, tmp_path, monkeypatch):  # noqa: F811
     run = config(inputs, tmp_path, **COUNTS)
-    whole = pairs_of("en", run, corpora, V, [BOS, EOS])
+    *whole, all_of_it = pairs_of("en", run, corpora, V, [BOS, EOS])
+    assert all_of_it
     assert {divmod(int(p), V): int(n) for p, n in zip(*whole, strict=True)} == by_hand(corpora[0])[1]
     monkeypatch.setattr(gate_counts, "AT_ONCE", 37)
-    pieces = pairs_of("en", run, corpora, V, [BOS, EOS])
+    *pieces, _ = pairs_of("en", run, corpora, V, [BOS, EOS])
     assert all(np.array_equal(a, b) for a, b in zip(whole, pieces, strict=True))
     monkeypatch.setattr(gate_counts, "ENOUGH", 140)
     first = Store(corpora[0].tokens[:140])
-    assert Counter(dict(zip(*pairs_of("en", run, corpora, V, [BOS, EOS]), strict=True))).total() == (
-        by_hand(first)[1].total()
-    )
+    *part, all_of_it = pairs_of("en", run, corpora, V, [BOS, EOS])
+    assert not all_of_it
+    assert part[1].sum() == by_hand(first)[1].total()
+
+
+def test_of_more_pairs_than_entries_those_that_say_most_are_kept(corpora, inputs, tmp_path, monkeypatch):  # noqa: F811
+    run = config(inputs, tmp_path, **COUNTS)
+    everything = count(run, corpora, V, [BOS, EOS])
+    monkeypatch.setattr(gate_counts, "PAIRS", 64)  # entries are still those of the large table: none is shared
+    monkeypatch.setattr(gate_counts, "pair_entry", lambda first, second: torch.arange(len(first)))
+    few = count(run, corpora, V, [BOS, EOS])
+    assert (few.pairs, few.seen) == (64, everything.seen)
+    assert few.of_pair_P.abs().mean() > everything.of_pair_P[everything.of_pair_P != 0].abs().mean()
 
 
 def test_the_gate_is_given_what_was_counted_and_tells_texts_apart_at_once(corpora, inputs, tmp_path):  # noqa: F811
@@ -86,7 +99,7 @@ def test_the_gate_is_given_what_was_counted_and_tells_texts_apart_at_once(corpor
     count_gate(model, run, corpora, Ends, V)
     of_token_V, _ = evidence_of(run, corpora, V, [BOS, EOS])
     assert torch.equal(gate.of_token, of_token_V.float())
-    assert torch.equal(gate.of_pair, pair_evidence(run, corpora, V, [BOS, EOS], of_token_V)[0].float())
+    assert torch.equal(gate.of_pair, count(run, corpora, V, [BOS, EOS]).of_pair_P.float())
     for text, is_new in zip(corpora, (False, True), strict=True):
         ids = torch.from_numpy(text.tokens.astype(np.int64)).view(-1, 14)
         from moect.model import ForwardRecord
@@ -107,17 +120,24 @@ def test_a_gate_that_does_not_count_is_left_alone(sees, corpora, inputs, tmp_pat
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_what_spoke_for_a_language_without_text_is_kept(corpora, inputs, tmp_path, caplog):  # noqa: F811
+def test_what_was_counted_for_a_language_without_text_speaks_on(corpora, inputs, tmp_path, caplog):  # noqa: F811
     run = config(inputs, tmp_path, **COUNTS)
     model = append_moe(tiny_model(), run.moe)
     gate = modules_of(model)[0].language_gate
-    gate.of_token[:] = torch.arange(V) - 50.0
+    before = (torch.arange(V) - 50.0) / 10
+    gate.of_token.copy_(before)
     gate.of_pair[7] = 3.0
     run.data.languages["is"] = "learnt"
+    with caplog.at_level("INFO"):
+        count_gate(model, run, corpora, Ends, V)
+    found = count(run, corpora, V, [BOS, EOS])
+    odds = (before.exp() + found.of_token_V.float().exp()) / 2
+    assert torch.allclose(gate.of_token, odds.log(), atol=1e-5)
+    assert gate.of_pair[7].item() == pytest.approx(log((np.exp(3) + found.of_pair_P[7].exp().item()) / 2), abs=1e-5)
+    assert "of is there is no text" in caplog.text
+    gate.of_token.zero_()
     count_gate(model, run, corpora, Ends, V)
-    of_token_V, _ = evidence_of(run, corpora, V, [BOS, EOS])
-    assert torch.equal(gate.of_token, torch.maximum(torch.arange(V) - 50.0, of_token_V.float()))
-    assert gate.of_pair[7] >= 3.0
+    assert gate.of_token[BOS] == gate.of_token[EOS] == 0, "what ends texts is silent"
 
 
 def test_tokens_without_a_row_in_the_base_are_counted_in_pairs(corpora, inputs, tmp_path):  # noqa: F811

@@ -21,6 +21,7 @@ from moect.stages import load_stages, run_stages
 from moect.train.loop import train
 from moect.train.objective import Objective, StepCounts
 
+COUNTS = {"fusion": "add", "language_gate": True, "gate_sees": "pairs"}
 ROUTED = {"fusion": "routed", "experts": 4}
 
 
@@ -178,6 +179,7 @@ def test_a_stage_of_one_part_resumes_to_the_bit_and_is_exported_whole(place, sta
         ({"train": {"parts": ["router"]}}, "experts that never learned anything"),
         ({"train": {"parts": ["router"]}, "method": "full"}, "is for `method: moe-ct`"),
         ({"train": {"parts": ["rooter"]}}, "train.parts"),
+        ({"train": {"parts": ["gate", "experts"]}, "moe": COUNTS}, "one that sees `pairs` counts and does not train"),
         ({"loss": {"language_prior": 0.1}}, "needs the frozen FFN among the experts"),
         ({"loss": {"language_prior": 0.1}, "moe": ROUTED, "data": {"replay": 0.0}}, "none is read"),
         ({"loss": {"base_kl": 0.1}, "method": "full"}, "needs the frozen base inside the model"),

@@ -229,15 +229,11 @@ def _of_pair(base: nn.Module, extended: nn.Module, batch: int, decides: bool) ->
 
 @contextmanager
 def _forced(gate: nn.Module, logit: float):
-    bias = gate.bias
-    before = bias.detach().clone()
-    with torch.no_grad():
-        bias.fill_(logit)
+    handle = gate.register_forward_hook(lambda module, args, logit_T: torch.full_like(logit_T, logit))
     try:
         yield
     finally:
-        with torch.no_grad():
-            bias.copy_(before)
+        handle.remove()
 
 
 def _share_base(source: nn.Module, target: nn.Module, base: nn.Module) -> None:

@@ -26,6 +26,7 @@ from moect.model.record import RECORD, ForwardRecord
 from moect.moe_config import MoeConfig
 
 log = logging.getLogger("moect.model")
+BY_PLACE = ("input_ids", "attention_mask")  # of every family's forward, before other arguments
 
 # what an extended model has of its own, by what its parameters' names contain
 PARTS = {
@@ -47,6 +48,11 @@ class AppendedBlock:
     def forward(self, hidden_states: Tensor, *, moect_record: ForwardRecord, **kwargs) -> Tensor:
         enabled = self.moe is not None and self.moe.enabled
         if enabled and self.moe.counts:
+            if kwargs.get("cache") is not None:  # its texts stand in one row, and it keeps no sums
+                raise UnsupportedModelError(
+                    "a language gate that counts tokens cannot use a paged cache of transformers; use generate(), or "
+                    "train with moe.gate_sees: context and serve with vLLM"
+                )
             cache, index = kwargs.get("past_key_values"), self.moe.index
             sums = None if cache is None else sums_in(cache, self.self_attn.config.num_hidden_layers, index)
             hidden_states = self.moe.decide(hidden_states, moect_record, kwargs["position_ids"], sums)
@@ -259,9 +265,9 @@ def begin_pass(decoder: nn.Module, input_ids: Tensor | None, kwargs: dict) -> No
     if decides is not None and decides.enabled and decides.counts:
         if input_ids is None:
             raise ValueError("the language gate counts tokens, which embeddings do not tell: give input_ids")
-        mask, S = kwargs.get("attention_mask"), input_ids.shape[-1]
+        mask = kwargs.get("attention_mask")
         plain = isinstance(mask, Tensor) and mask.dim() == 2  # what made another form of it has made positions too
-        record.tokens = Tokens(input_ids, mask[:, -S:].bool() if plain else None)
+        record.tokens = Tokens(input_ids, mask if plain else None)
     rows = getattr(decoder.embed_tokens, "rows", None)
     if rows is not None and rows.enabled and rows.late:
         if input_ids is None:
@@ -271,8 +277,9 @@ def begin_pass(decoder: nn.Module, input_ids: Tensor | None, kwargs: dict) -> No
 
 
 def _begin_pass(decoder, args, kwargs):
-    begin_pass(decoder, kwargs.get("input_ids", args[0] if args else None), kwargs)
-    return args, kwargs
+    kwargs |= dict(zip(BY_PLACE, args, strict=False))
+    begin_pass(decoder, kwargs.get("input_ids"), kwargs)
+    return args[len(BY_PLACE) :], kwargs
 
 
 def _keep_buffers_fp32(module: nn.Module) -> None:

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 LOW, HIGH = -15.0, 30.0  # nats; thresholds are probabilities, and above HIGH they cannot be told apart
 GRAIN = 2.0**-10  # nats
-PAIRS = 2**18  # P
+PAIRS = 2**20  # P
 NONE = -1  # instead of a token before: a text begins here
 FACTORS = (0x2545F4914F6CDD1D, 0x369DEA0F31A53F85)  # odd, below 2^63
 
@@ -32,22 +32,33 @@ class Tokens:
     """What a pass is about, for a gate that counts.
 
     Attributes:
-        ids_BS: int64.
-        real_BS: bool, False at padding; None: there is none.
+        ids_BS: integers.
+        mask: (B, P + S) of any dtype, 0 at padding, P tokens having come before in a cache; None: there is no padding.
     """
 
     ids_BS: Tensor
-    real_BS: Tensor | None = None
+    mask: Tensor | None = None
+
+    def real_BS(self, before: int) -> Tensor:
+        """Which of the tokens behind so many are none of padding, bool."""
+        S = self.ids_BS.shape[1]
+        if self.mask is None:
+            return torch.ones_like(self.ids_BS, dtype=torch.bool)
+        enough = self.mask.shape[1] >= before + S
+        return (self.mask[:, before : before + S] if enough else self.mask[:, -S:]).bool()
 
 
 class CountingGate(nn.Module):
     """q = sigmoid(Σ_t e_t), the sum bounded, e_t = e[token t] + e[tokens t-1, t]. For `moe.gate_sees: pairs`.
 
-    Pairs share the entries of their table by a hash; those that no text had a reason to give evidence have 0.
+    A token whose own evidence is exactly 0 was in no text, or only begins and ends texts: it speaks in no pair either.
+    Pairs share the entries of their table by a hash.
 
     Args:
         vocab: V; tokens beyond speak in pairs only.
     """
+
+    highest = HIGH  # logit that text can reach
 
     def __init__(self, vocab: int):
         super().__init__()
@@ -60,23 +71,34 @@ class CountingGate(nn.Module):
         self.of_token.zero_()
         self.of_pair.zero_()
 
+    def resize(self, vocab: int) -> None:
+        """For another V: new tokens speak for nothing."""
+        more = vocab - len(self.of_token)
+        self.of_token = nn.functional.pad(self.of_token, (0, more)) if more > 0 else self.of_token[:vocab].clone()
+
     @torch.no_grad()
     def forward(self, tokens: Tokens, position_ids: Tensor, sums: Sums | None = None) -> Tensor:
-        """The logit of q, (T,) fp32.
+        """The logit of q, (T,) fp32. Padding, wherever it is, changes nothing.
 
         Args:
             tokens: of this pass.
-            position_ids: int64 (B, S) or (1, S); where they are 0, a text begins.
+            position_ids: integers (B, S) or (1, S); where they are 0, a text begins.
             sums: of the passes before, if there is a cache; goes on with this one's.
         """
         device = self.of_token.device
-        ids_BS, positions_BS = tokens.ids_BS.to(device), position_ids.to(device).expand(tokens.ids_BS.shape)
-        said_BS = ids_BS if tokens.real_BS is None else ids_BS.masked_fill(~tokens.real_BS.to(device), NONE)
-        sum_B, last_B = torch.zeros(len(ids_BS), device=device), torch.full_like(ids_BS[:, 0], NONE)
-        if sums is not None and sums.get_seq_length():
+        ids_BS = tokens.ids_BS.to(device, torch.int64)
+        B, S = ids_BS.shape
+        sum_B, last_B = torch.zeros(B, device=device, dtype=torch.float32), torch.full_like(ids_BS[:, 0], NONE)
+        seen = sums.get_seq_length() if sums is not None else 0
+        if seen:
             sum_B, last_B = sums.last(device)
-        before_BS = torch.cat([last_B[:, None], said_BS[:, :-1]], 1).masked_fill(positions_BS == 0, NONE)
-        e_BS = self.evidence(ids_BS, before_BS).masked_fill(said_BS == NONE, 0)
+        real_BS = tokens.real_BS(seen).to(device)
+        place_BS = torch.where(real_BS, torch.arange(1, S + 1, device=device), 0).cummax(1).values  # of the last real
+        said_BS = torch.cat([last_B[:, None], ids_BS], 1).gather(1, place_BS)
+        before_BS = torch.cat([last_B[:, None], said_BS[:, :-1]], 1)
+        begins_BS = (position_ids.to(device).expand(B, S) == 0) & real_BS
+        before_BS = before_BS.masked_fill(begins_BS, NONE)
+        e_BS = self.evidence(ids_BS, before_BS).masked_fill(~real_BS, 0)
         sums_BS = bounded_sums(e_BS, before_BS == NONE, sum_B)
         if sums is not None:
             sums.go_on(sums_BS, said_BS)
@@ -84,10 +106,17 @@ class CountingGate(nn.Module):
 
     def evidence(self, ids: Tensor, before: Tensor) -> Tensor:
         """e of each token behind that before it, or behind NONE, in nats: fp32, of the arguments' shape."""
+        of_token, speaks = self._of_token(ids)
+        of_pair = self.of_pair[pair_entry(before, ids)].float()
+        in_pair = (before != NONE) & speaks & self._of_token(before.clamp_min(0))[1]
+        return ((of_token + of_pair.masked_fill(~in_pair, 0)) / GRAIN).round() * GRAIN
+
+    def _of_token(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Evidence of tokens by themselves, fp32, and whether they speak at all, bool."""
         V = len(self.of_token)
-        of_token = self.of_token[ids.clamp_max(V - 1)].masked_fill(ids >= V, 0)
-        of_pair = self.of_pair[pair_entry(before, ids)].masked_fill(before == NONE, 0)
-        return ((of_token + of_pair) / GRAIN).round() * GRAIN
+        beyond = ids >= V
+        of_token = self.of_token[ids.clamp_max(V - 1)].float().masked_fill(beyond, 0)
+        return of_token, beyond | (of_token != 0)
 
 
 def pair_entry(first: Tensor, second: Tensor) -> Tensor:
@@ -132,7 +161,19 @@ class Sums(DynamicLayer):
     """The gate's place in a cache, behind the base's layers: keys are sums, values tokens, (B, 1, S, 1) in fp32.
 
     A layer as others, so a cache that is cut, reordered or copied takes it along. fp32 holds tokens below 2^24.
+
+    Args:
+        first: the cache's first layer.
     """
+
+    def __init__(self, first: CacheLayerMixin):
+        super().__init__()
+        self.first = first
+
+    def prefetch(self) -> None:
+        """Behind its last layer an offloaded cache fetches the first one."""
+        super().prefetch()
+        self.first.prefetch()
 
     def last(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The sum, fp32 (B,), and the token, int64 (B,), that the next pass goes on from."""
@@ -159,7 +200,7 @@ def sums_in(cache: Cache, blocks: int, index: int) -> Sums:
     if not found:
         for _ in range(blocks - len(cache.layers)):  # else the base would take this layer for one of its own
             cache.layers.append(cache.layer_class_to_replicate())
-        found = [Sums()]
+        found = [Sums(cache.layers[0])]
         found[0].is_compileable = cache.is_compileable  # what is made of the mask depends on all layers' being alike
         cache.layers += found
     seen, held = found[0].get_seq_length(), int(cache.get_seq_length(index))

@@ -10,7 +10,8 @@ row in W, and d_i is all of it; it starts as the mean of the rows of the pieces 
 
 With a language gate the rows of tokens that the base has follow the token's gate value q, as the experts do. The gate
 decides by the base's own embeddings, so d_i cannot come before it: it is added to the residual stream in the block
-where the gate decides, beside the experts' output e, and to the logits:
+where the gate decides, beside the experts' output e (or to its input, by a gate that counts tokens and knows q by
+then), and to the logits:
 
     block        r + f + q (e + d_i)
 

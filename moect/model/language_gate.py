@@ -1,5 +1,7 @@
 """One gate value a token, from frozen features: does this token need the new-language experts at all?
 
+Two of the three gates; the third, which counts, is in `moect.model.counting_gate`.
+
 Computed once, in the first block that has a module, from features that the module has not touched (only behind tokens
 that open it by themselves they have changed, see `moect.model.embeddings`); shared by every block above it. So the
 decision is consistent through the network and depends on the past only.
@@ -29,6 +31,8 @@ class EvidenceGate(nn.Module):
     For `moe.gate_sees: context`. limited(x) = LIMIT tanh(x / LIMIT), which is x where anything is to be decided.
     """
 
+    highest = LIMIT  # logit that text can reach
+
     def __init__(self, context: int):
         super().__init__()
         self.evidence = Fp32Linear(context, 1)
@@ -57,14 +61,11 @@ class EvidenceGate(nn.Module):
             )
         return LIMIT * torch.tanh(self.evidence(context_TC)[:, 0] / LIMIT)
 
-    @property
-    def bias(self) -> nn.Parameter:
-        """What the logit of every token has in it."""
-        return self.evidence.bias
-
 
 class TokenGate(nn.Module):
     """q = sigmoid(g(u)),  g = D -> D -> tanh -> 1, in fp32: by the token's own features. `moe.gate_sees: token`."""
+
+    highest = float("inf")
 
     def __init__(self, width: int):
         super().__init__()
@@ -83,11 +84,6 @@ class TokenGate(nn.Module):
     def forward(self, u_TD: Tensor, context_TC: None = None) -> Tensor:
         """The logit of q, (T,) fp32, from the inputs of the block's FFN."""
         return self.out_proj(torch.tanh(self.in_proj(u_TD)))[:, 0]
-
-    @property
-    def bias(self) -> nn.Parameter:
-        """What the logit of every token has in it."""
-        return self.out_proj.bias
 
 
 class Fp32Linear(nn.Module):

@@ -8,7 +8,8 @@ Tensors have the base's names; those of the module are `model.layers.N.moe.*`, t
 that name) make this one from the configuration, replace its parts by their own and put a head of their own on top. So:
 
 - attention is the base's own, through transformers' attention interface, which every keyword reaches; nothing is kept
-  between calls; tokens of several texts may come as one row, (1, T), told apart by their positions;
+  between calls, but for the sums of a gate that counts, which are in the cache; tokens of several texts may come as one
+  row, (1, T), told apart by their positions;
 - a fusion and a language gate are served, the latter not in a pipeline of several stages: its value is computed in the
   first block with a module, and no engine carries it from one stage to the next;
 - tokens with rows of their own are not: the engine's head knows nothing of the rows, so the model refuses to be made;
@@ -58,7 +59,11 @@ class MoectPreTrainedModel(PreTrainedModel):
             ValueError: another size than the vocabulary's, and there are such rows.
         """
         if not rows_of(self):
-            return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+            embedding = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+            for moe in modules_of(self):
+                if moe.counts:
+                    moe.language_gate.resize(embedding.num_embeddings)
+            return embedding
         if new_num_tokens not in (None, self.config.vocab_size):
             raise ValueError(
                 f"the vocabulary of {self.config.vocab_size} tokens, some with rows of their own, cannot be resized"

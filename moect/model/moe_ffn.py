@@ -106,13 +106,14 @@ class MoEFFN(nn.Module):
         if record.gate_logit_T is None:  # set: this is the block's recomputation in backward
             record.gate_logit_T = _with_told(self.language_gate(record.tokens, position_ids, sums), record)
         logit_T = record.gate_logit_T.to(x_BSD.device)
-        if self.training:
-            q_BS1 = logit_T.sigmoid().view(*x_BSD.shape[:2], 1)
-            return x_BSD if record.late_BSD is None else x_BSD + q_BS1.to(x_BSD.dtype) * record.late_BSD
-        self._open(logit_T, record)
-        if record.late_BSD is None or not len(record.open_token):
+        if not self.training:
+            self._open(logit_T, record)
+        if record.late_BSD is None or not (self.training or len(record.open_token)):
             return x_BSD
-        return torch.where(record.open_T.view(*x_BSD.shape[:2], 1), x_BSD + record.late_BSD, x_BSD)
+        late_BSD = record.late_BSD.to(x_BSD.device)
+        if self.training:
+            return x_BSD + logit_T.sigmoid().view(*x_BSD.shape[:2], 1).to(x_BSD.dtype) * late_BSD
+        return torch.where(record.open_T.view(*x_BSD.shape[:2], 1), x_BSD + late_BSD, x_BSD)
 
     def forward(self, r_BSD: Tensor, u_BSD: Tensor, f_BSD: Tensor, record: ForwardRecord) -> Tensor:
         """The block's output h' (B, S, D) from residual r, FFN input u and frozen FFN output f."""

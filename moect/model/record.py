@@ -40,7 +40,8 @@ class ForwardRecord:
 
     Attributes:
         blocks: by block index; a block whose tokens were all held back by the gate has no entry.
-        gate_logit_T: fp32, the language gate before its sigmoid; with gradient in training. None without a gate.
+        gate_logit_T: fp32, the language gate before its sigmoid; with gradient in training, unless it counts. None
+            without a gate.
         open_T: bool, the tokens that a hard gate lets through; None in training, and without a gate.
         open_token: int64, their places in T, decided once so that no block looks for them again; None as open_T is.
         tokens: of a language gate that counts them.

@@ -247,7 +247,8 @@ class ForgettingMonitor:
         if self.world_size > 1:
             touch.reduce()
         dtype = model.lm_head.weight.dtype
-        return find_threshold(touch.greatest_G, self._calibration_languages, self.config.gate, dtype)
+        highest = modules_of(model)[0].language_gate.highest
+        return find_threshold(touch.greatest_G, self._calibration_languages, self.config.gate, dtype, highest)
 
     def _write_on(self, model: nn.Module, tokenizer) -> list[str]:
         monitor = self.config.monitor

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,20 +24,39 @@ from moect.data.tokens.store import TokenStore
 from moect.data.tokens.unseen import AT_ONCE
 from moect.model.append import modules_of
 from moect.model.counting_gate import PAIRS, pair_entry
-from moect.train.gate_start import MOST, evidence_of, shares_of
+from moect.train.gate_start import MOST, evidence_from, shares_of
 
 ENOUGH = 2**24  # tokens of a language that pairs are counted in
 LEAST = 2  # times that a pair was seen, over all languages
+NATS = np.log(2.0)
 
 log = logging.getLogger("moect.train")
+
+
+@dataclass
+class Counted:
+    """What was found in text.
+
+    Attributes:
+        of_token_V, of_pair_P: fp64, nats, as in `CountingGate`.
+        pairs: that have a say.
+        seen: pairs that were seen LEAST times.
+        partly: languages of which ENOUGH tokens were counted and not all.
+    """
+
+    of_token_V: Tensor
+    of_pair_P: Tensor
+    pairs: int
+    seen: int
+    partly: list[str]
 
 
 @torch.no_grad()
 def count_gate(model: nn.Module, config: RunConfig, stores: list[TokenStore], tokenizer, vocab_size: int) -> None:
     """Give a language gate that counts the evidence of `data.train`. Every rank calls this, and the main one counts.
 
-    Where the run goes on from a model that learnt languages of which `data.train` has no text, what spoke for new
-    languages there is kept.
+    Where the run goes on from a model that learnt languages of which `data.train` has no text, what that model counted
+    speaks as much as what is counted here: evidence is the mean of both odds, log (e^a + e^b) / 2.
 
     Args:
         model: as `build_model` makes it, with what it starts from; changed in place.
@@ -49,64 +69,69 @@ def count_gate(model: nn.Module, config: RunConfig, stores: list[TokenStore], to
         return
     gate = modules_of(model)[0].language_gate
     ends = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None]
-
-    def found() -> tuple[Tensor, Tensor, int]:
-        evidence_V, _ = evidence_of(config, stores, vocab_size, ends)
-        of_pair, pairs = pair_evidence(config, stores, vocab_size, ends, evidence_V[: len(gate.of_token)])
-        return evidence_V[: len(gate.of_token)].float(), of_pair.float(), pairs
-
-    of_token_V, of_pair_P, pairs = distributed.on_main(found)
+    found = distributed.on_main(lambda: count(config, stores, vocab_size, ends))
     told = {source.lang for source in config.data.train}
     untold = [lang for lang, role in config.data.languages.items() if role == "learnt" and lang not in told]
-    for mine, counted in ((gate.of_token, of_token_V), (gate.of_pair, of_pair_P)):
-        counted = nn.functional.pad(counted, (0, len(mine) - len(counted))).to(mine.device)
-        mine.copy_(torch.maximum(mine, counted) if untold else counted)
+    for mine, counted in ((gate.of_token, found.of_token_V), (gate.of_pair, found.of_pair_P)):
+        counted = nn.functional.pad(counted, (0, max(len(mine) - len(counted), 0)))[: len(mine)].to(mine)
+        mine.copy_(torch.logaddexp(mine, counted) - NATS if untold else counted)
     if distributed.is_main():
-        kept = f", and keeps what spoke for {', '.join(untold)}, of which there is no text here" if untold else ""
-        log.info("the language gate counts tokens and %s pairs of them%s", f"{pairs:,}", kept)
+        parts = f"the language gate counts tokens and {found.pairs:,} pairs of them"
+        if found.pairs < found.seen:
+            parts += f", those that say most of {found.seen:,}"
+        if found.partly:
+            parts += f"; pairs in the first {ENOUGH:,} tokens of {', '.join(found.partly)}"
+        if untold:
+            parts += f"; of {', '.join(untold)} there is no text, and what was counted before speaks for them"
+        log.info("%s", parts)
 
 
-def pair_evidence(
-    config: RunConfig, stores: list[TokenStore], vocab_size: int, ends: Collection[int], of_token_V: Tensor
-) -> tuple[Tensor, int]:
-    """What pairs speak for beyond their second token, in nats: fp64 (P,), and how many pairs were counted.
+def count(config: RunConfig, stores: list[TokenStore], vocab_size: int, ends: Collection[int]) -> Counted:
+    """What tokens speak for, and what pairs add to their second token.
 
-    Pairs that share an entry have their mean there, each counting as often as it occurs.
+    Pairs that share an entry have their mean there, each counting as often as it occurs. Of more pairs than entries
+    those are left out that say least: evidence times how often they occur.
 
     Args:
-        config, stores, vocab_size, ends: as `evidence_of`.
-        of_token_V: evidence of the base's tokens, as `evidence_of` has it; others are taken to have 0.
+        config, stores, vocab_size, ends: as `shares_of`.
     """
     shares = shares_of(config, stores, vocab_size, ends)
+    of_token_V, _ = evidence_from(config, shares)
     counted = {lang: pairs_of(lang, config, stores, vocab_size, ends) for lang in shares}
-    pairs_N = np.unique(np.concatenate([pairs for pairs, _ in counted.values()]))
-    counts = {lang: np.zeros(len(pairs_N)) for lang in shares}
-    for lang, (pairs, times) in counted.items():
-        counts[lang][np.searchsorted(pairs_N, pairs)] = times
-    often_N = sum(counts.values()) >= LEAST
+    everywhere, place = np.unique(np.concatenate([pairs for pairs, _, _ in counted.values()]), return_inverse=True)
+    often = np.bincount(place, np.concatenate([times for _, times, _ in counted.values()]), len(everywhere)) >= LEAST
+    pairs_N = everywhere[often]
+    del everywhere, place, often
     first_N, second_N = np.divmod(pairs_N, vocab_size)
-    conditional, weight_N = {"new": [], "old": []}, np.zeros(len(pairs_N))
-    for lang, times_N in counts.items():
-        of_first_V = np.bincount(first_N, times_N, vocab_size)
-        kinds_V = np.bincount(first_N, times_N > 0, vocab_size).clip(1)
-        share_N = (times_N + kinds_V[first_N] * shares[lang][second_N]) / (of_first_V + kinds_V)[first_N]
-        conditional["old" if config.data.languages[lang] == "old" else "new"].append(share_N)
-        weight_N += times_N / max(times_N.sum(), 1)
-    new_N, old_N = (np.mean(conditional[role], 0) for role in ("new", "old"))
-    alone_V = np.zeros(vocab_size)
-    alone_V[: len(of_token_V)] = of_token_V
-    adds_N = np.log(new_N / old_N).clip(-MOST, MOST) - alone_V[second_N]
-    first, second = (torch.from_numpy(x_N[often_N]) for x_N in (first_N, second_N))
-    entry_N = pair_entry(first, second).numpy()
-    weighed_P = np.bincount(entry_N, weight_N[often_N], PAIRS)
-    sum_P = np.bincount(entry_N, weight_N[often_N] * adds_N[often_N], PAIRS)
-    return torch.from_numpy(np.divide(sum_P, weighed_P, where=weighed_P > 0, out=np.zeros(PAIRS))), int(often_N.sum())
+    chance, weight_N = {"new": np.zeros(len(pairs_N)), "old": np.zeros(len(pairs_N))}, np.zeros(len(pairs_N))
+    roles = {lang: "old" if config.data.languages[lang] == "old" else "new" for lang in shares}
+    for lang, (pairs, times, _) in counted.items():
+        of_first_V = np.bincount(pairs // vocab_size, times, vocab_size)
+        kinds_V = np.bincount(pairs // vocab_size, minlength=vocab_size).clip(1)
+        times_N = np.zeros(len(pairs_N))
+        inside = np.isin(pairs, pairs_N, assume_unique=True)
+        times_N[np.searchsorted(pairs_N, pairs[inside])] = times[inside]
+        weight_N += times_N / max(times.sum(), 1)
+        times_N += kinds_V[first_N] * shares[lang][second_N]
+        times_N /= (of_first_V + kinds_V)[first_N]
+        chance[roles[lang]] += times_N / list(roles.values()).count(roles[lang])
+    adds_N = np.log(chance["new"] / chance["old"]).clip(-MOST, MOST) - of_token_V.numpy()[second_N]
+    if (seen := len(pairs_N)) > PAIRS:
+        most = np.argpartition(weight_N * np.abs(adds_N), seen - PAIRS)[seen - PAIRS :]
+        first_N, second_N, weight_N, adds_N = (x_N[most] for x_N in (first_N, second_N, weight_N, adds_N))
+    entry_N = pair_entry(torch.from_numpy(first_N), torch.from_numpy(second_N)).numpy()
+    weight_P = np.bincount(entry_N, weight_N, PAIRS)
+    sum_P = np.bincount(entry_N, weight_N * adds_N, PAIRS)
+    of_pair_P = np.divide(sum_P, weight_P, where=weight_P > 0, out=np.zeros(PAIRS))
+    partly = [lang for lang, (_, _, whole) in counted.items() if not whole]
+    return Counted(of_token_V, torch.from_numpy(of_pair_P), len(first_N), seen, partly)
 
 
 def pairs_of(
     lang: str, config: RunConfig, stores: list[TokenStore], vocab_size: int, ends: Collection[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """The pairs of neighbours in a language's text, first · V + second, ascending, and how often each occurs.
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """The pairs of neighbours in a language's text, first · V + second, ascending, how often each occurs, and whether
+    all of the text was counted.
 
     Of more than ENOUGH tokens the first of each source are counted, as many as keep the sources' shares. Pairs with one
     of the tokens `ends` are left out: neighbours across documents, and what a text begins with.
@@ -122,4 +147,4 @@ def pairs_of(
             pairs = tokens[:-1] * vocab_size + tokens[1:]
             found.append(np.unique(pairs[says[:-1] & says[1:]], return_counts=True))
     pairs, place = np.unique(np.concatenate([p for p, _ in found]), return_inverse=True)
-    return pairs, np.bincount(place, np.concatenate([c for _, c in found]), len(pairs))
+    return pairs, np.bincount(place, np.concatenate([c for _, c in found]), len(pairs)), share == 1

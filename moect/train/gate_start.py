@@ -85,10 +85,15 @@ def evidence_of(
     Every language counts the same within its role, and the tokens `ends` not at all; other arguments as `start_gate`.
     A language with little text is drawn to the mean of all, so what nothing is known of speaks for nothing.
     """
-    shares = {"new": [], "old": []}
-    for language, shares_V in shares_of(config, stores, vocab_size, ends).items():
-        shares["old" if config.data.languages[language] == "old" else "new"].append(shares_V)
-    new_V, old_V = (np.mean(shares[role], 0) for role in ("new", "old"))
+    return evidence_from(config, shares_of(config, stores, vocab_size, ends))
+
+
+def evidence_from(config: RunConfig, shares: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
+    """The same from `shares_of`."""
+    of_role = {"new": [], "old": []}
+    for language, shares_V in shares.items():
+        of_role["old" if config.data.languages[language] == "old" else "new"].append(shares_V)
+    new_V, old_V = (np.mean(of_role[role], 0) for role in ("new", "old"))
     occurs_V = new_V > 0
     evidence_V = np.log(new_V, where=occurs_V, out=np.zeros_like(new_V))
     evidence_V -= np.log(old_V, where=occurs_V, out=np.zeros_like(old_V))

@@ -214,7 +214,8 @@ class Run:
         self.log.write(event="start", step=0, plan=self.plan, **({"from": str(start)} if start else {}))
         if start:
             begin_from(start, self.steps)
-            count_gate(self.objective.model, self.config, self.loader.stores, self.tokenizer, self.vocab_size)
+            if self.config.train.parts == "all":
+                count_gate(self.objective.model, self.config, self.loader.stores, self.tokenizer, self.vocab_size)
             self._say(f"what trains begins as in {start}")
         self._measure()
 

@@ -22,7 +22,8 @@ from moect.export.targets.form import EMBEDDING, HEAD, Subject, Target
 from moect.export.targets.stock import StockMixture
 from moect.export.trained import TrainedModel, fold_rows
 from moect.export.weights import FolderWeights
-from moect.model.append import modules_of
+from moect.model.append import begin_pass, modules_of
+from moect.model.counting_gate import Tokens
 from moect.model.embeddings import logits_of
 from moect.model.record import RECORD, ForwardRecord
 from moect.progress import Progress
@@ -37,9 +38,11 @@ class _Side:
         self.records: list[ForwardRecord] = []  # the language gate's values go on through the blocks
 
     def begin(self, texts: list[Text]) -> None:
-        embedding = self.build(range(0)).get_input_embeddings()
-        self.hidden = [embedding(text.ids) for text in texts]
-        self.records = [ForwardRecord() for _ in texts]
+        model = self.build(range(0))
+        self.hidden = [model.get_input_embeddings()(text.ids) for text in texts]
+        self.records = [ForwardRecord(tokens=Tokens(text.ids)) for text in texts]
+        for text, record in zip(texts, self.records, strict=True):
+            begin_pass(model.model, text.ids, {RECORD: record})
 
     def step(self, block: int) -> list[dict[int, Tensor]]:
         """Through one block. Returns the routes of each text."""

@@ -13,6 +13,7 @@ G documents, T positions of a pass
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ from moect.moe_config import logit_of
 
 # above the greatest logit that has to stay closed: kernels and batches differ in the last bits, and the gate adds up
 MARGIN = {torch.float32: 1e-3, torch.bfloat16: 0.25}
+
+log = logging.getLogger("moect.monitor")
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,11 @@ class TouchMeter:
 
 
 def find_threshold(
-    greatest_G: Tensor, languages: list[str], gate: GateConfig, dtype: torch.dtype = torch.float32
+    greatest_G: Tensor,
+    languages: list[str],
+    gate: GateConfig,
+    dtype: torch.dtype = torch.float32,
+    highest: float = math.inf,
 ) -> Calibration:
     """The lowest threshold that keeps the promise for each language.
 
@@ -77,9 +84,12 @@ def find_threshold(
         languages: of each document.
         gate: what is promised.
         dtype: of the model, which decides how far another kernel or batch may come to another logit.
+        highest: logit that text can reach; above it only tokens pass that open the gate by themselves.
 
     Raises:
-        DataError: too few documents of a language to conclude anything from.
+        DataError: too few documents of a language to conclude anything from, or no threshold keeps the promise.
+
+    Where the threshold is above what text can reach, a warning says so.
     """
     limit, values = gate.max_touched_old_documents, {}
     for language, value in zip(languages, greatest_G.tolist(), strict=True):
@@ -106,6 +116,13 @@ def find_threshold(
         raise DataError(
             "the language gate takes old documents of data.calibration for new ones with certainty, so no threshold "
             "keeps gate.max_touched_old_documents; train longer, or with more data.replay"
+        )
+    if logit >= highest:
+        told = ", ".join(f"{sum(v >= highest for v in of)} of {len(of)} in {k!r}" for k, of in values.items())
+        log.warning(
+            "the language gate takes so many documents of data.calibration for new ones with certainty (%s) that it "
+            "stays shut for every text: take those of new languages out of it, or raise gate.max_touched_old_documents",
+            told,
         )
     touched = {language: sum(v > there for v in of_language) for language, of_language in values.items()}
     return Calibration(q, {k: len(v) for k, v in values.items()}, touched)
