@@ -28,7 +28,7 @@ from moect.train.gate_start import MOST, evidence_from, shares_of
 
 ENOUGH = 2**24  # tokens of a language that pairs are counted in
 LEAST = 2  # times that a pair was seen, over all languages
-NATS = np.log(2.0)
+HALF = np.log(0.5)  # of the odds
 
 log = logging.getLogger("moect.train")
 
@@ -74,7 +74,7 @@ def count_gate(model: nn.Module, config: RunConfig, stores: list[TokenStore], to
     untold = [lang for lang, role in config.data.languages.items() if role == "learnt" and lang not in told]
     for mine, counted in ((gate.of_token, found.of_token_V), (gate.of_pair, found.of_pair_P)):
         counted = nn.functional.pad(counted, (0, max(len(mine) - len(counted), 0)))[: len(mine)].to(mine)
-        mine.copy_(torch.logaddexp(mine, counted) - NATS if untold else counted)
+        mine.copy_(torch.logaddexp(mine, counted) + HALF if untold else counted)
     if distributed.is_main():
         parts = f"the language gate counts tokens and {found.pairs:,} pairs of them"
         if found.pairs < found.seen:
